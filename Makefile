@@ -32,7 +32,7 @@ test: $(STAMP)
 	state() { git status --porcelain 2>/dev/null; git diff 2>/dev/null; }; \
 	before="$$(state | cksum)"; \
 	echo "ruff check";  ruff check --quiet .; \
-	echo "ruff format"; ruff format --quiet --check . || { ruff format --check . | head -n 20; exit 1; }; \
+	echo "ruff format"; ruff format --quiet --check .; \
 	echo "notebooks (nbdev-test)"; nbdev-test --n-workers 2; \
 	echo "tests (pytest)"; python -m pytest; \
 	[ "$$before" = "$$(state | cksum)" ] || { echo "the checks changed the working tree:"; git status --short; exit 1; }
