@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'typed_examples', 'Split', 'plan_split', 'split_examples', 'fingerprint', 'DatasetVersion',
-           'describe_dataset', 'write_dataset', 'freeze_dataset', 'read_dataset']
+           'describe_dataset', 'write_dataset', 'freeze_dataset', 'read_dataset', 'newest_dataset', 'plot_dataset',
+           'shuffle_outcomes']
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-03
 import hashlib
@@ -21,7 +22,7 @@ import pandas as pd
 
 from .core import WorkbenchError, as_utc, canonical_bytes
 from .settings import Settings
-from .store import Store, transaction, write_rows
+from .store import Store, read_rows, transaction, write_rows
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-06
 COLUMNS = {  # column → type, in the order of the file
@@ -245,3 +246,44 @@ def read_dataset(
         )
     fields = {name: schema[name] for name in DatasetVersion.__dataclass_fields__ if name != "path"}
     return DatasetVersion(**fields, path=path), rows
+
+# %% ../nbs/13_dataset.ipynb #13-dataset-27
+def newest_dataset(
+    store: Store,
+    task: str,  # the task's name
+) -> str:  # version
+    "Find the dataset version of a task that was made last."
+    newest = "SELECT version FROM exp.datasets WHERE task = %s ORDER BY created_at DESC LIMIT 1"
+    with transaction(store) as connection:
+        found = read_rows(connection, newest, (task,))
+    if not found:
+        raise WorkbenchError(f"task {task!r} has no dataset yet: run the prep stage first")
+    return found[0]["version"]
+
+# %% ../nbs/13_dataset.ipynb #13-dataset-31
+def plot_dataset(
+    rows: pd.DataFrame,  # dataset rows
+) -> "Figure":  # noqa: F821
+    "Draw the number of examples a week, split by split."
+    import matplotlib.pyplot as plt
+
+    week = rows["decided_at"].dt.tz_localize(None).dt.to_period("W").dt.start_time
+    counts = rows.groupby([week, "split"]).size().unstack(fill_value=0).reindex(columns=list(SPLITS), fill_value=0)
+    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    bottom = np.zeros(len(counts))
+    for part, colour in zip(SPLITS, ("#4c78a8", "#f2a541", "#c44e52")):
+        axes.bar(counts.index, counts[part], bottom=bottom, width=6, color=colour, label=part)
+        bottom += counts[part].to_numpy()
+    axes.set(xlabel="week of the decision", ylabel="examples")
+    axes.legend(ncols=3, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.2))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+# %% ../nbs/13_dataset.ipynb #13-dataset-34
+def shuffle_outcomes(
+    rows: pd.DataFrame,  # dataset rows
+    seed: int,  # of the shuffle
+) -> pd.DataFrame:  # the same contexts with other rows' outcomes
+    "Break the link between contexts and outcomes."
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return rows.assign(outcome=rows["outcome"].to_numpy()[order])

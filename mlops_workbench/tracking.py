@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['tracking_uri', 'Tracking', 'open_tracking', 'code_version', 'environment_lock', 'provenance', 'Run', 'start_run',
            'open_run', 'end_run', 'log_parameters', 'log_metrics', 'log_tags', 'log_dataset', 'log_file', 'log_figure',
-           'log_model', 'ui_command']
+           'log_table', 'read_artifact', 'log_model', 'ui_command']
 
 # %% ../nbs/03_tracking.ipynb #03-tracking-03
 import hashlib
 import importlib.metadata
+import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,7 @@ def open_tracking(
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # else it narrates each table
     tracking = Tracking(tracking_uri(store.url), settings.artifacts)
     mlflow.set_tracking_uri(tracking.uri)
     mlflow.set_registry_uri(tracking.uri)
@@ -239,7 +242,38 @@ def log_figure(
     "Record a figure as artefact."
     run.client.log_figure(run.run_id, figure, f"figures/{name}")
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-34
+# %% ../nbs/03_tracking.ipynb #03-tracking-32
+def log_table(
+    run: Run,
+    rows: Any,  # pandas DataFrame
+    name: str,  # file name without ending
+) -> None:
+    "Record a table as a parquet artefact."
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.parquet"
+        rows.to_parquet(path, index=False)
+        log_file(run, path, "tables")
+
+# %% ../nbs/03_tracking.ipynb #03-tracking-33
+def read_artifact(
+    tracking: Tracking,
+    run_id: str,  # MLflow run
+    name: str,  # path below the run's artefacts, such as 'tables/rows.parquet'
+    folder: Path,  # where the copy is written
+) -> Path:  # the copy
+    "Bring one of a run's artefacts to this machine."
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path=name, dst_path=str(folder), tracking_uri=tracking.uri
+        )
+        return Path(found)
+    except (MlflowException, OSError) as error:
+        raise WorkbenchError(f"run {run_id} has no artefact {name!r}: {str(error).splitlines()[0]}") from None
+
+# %% ../nbs/03_tracking.ipynb #03-tracking-36
 def log_model(
     run: Run,
     name: str,  # of the logged model
@@ -268,7 +302,7 @@ def log_model(
     )
     return info.model_uri
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-36
+# %% ../nbs/03_tracking.ipynb #03-tracking-38
 def ui_command(
     tracking: Tracking,
     host: str = "127.0.0.1",  # address to listen on
