@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlops_workbench.gate.Verdict.passed': ('gate.html#verdict.passed', 'mlops_workbench/gate.py'),
                                       'mlops_workbench.gate.Verdict.to_dict': ('gate.html#verdict.to_dict', 'mlops_workbench/gate.py'),
                                       'mlops_workbench.gate._compare': ('gate.html#_compare', 'mlops_workbench/gate.py'),
+                                      'mlops_workbench.gate._judge_rows': ('gate.html#_judge_rows', 'mlops_workbench/gate.py'),
                                       'mlops_workbench.gate._pair_scores': ('gate.html#_pair_scores', 'mlops_workbench/gate.py'),
                                       'mlops_workbench.gate._side': ('gate.html#_side', 'mlops_workbench/gate.py'),
                                       'mlops_workbench.gate._worst_row': ('gate.html#_worst_row', 'mlops_workbench/gate.py'),

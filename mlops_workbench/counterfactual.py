@@ -24,7 +24,9 @@ def importance_weight(
     if not 0 <= probability <= 1 + 1e-9:
         raise ValueError(f"probability is {probability}: expected a number from 0 to 1")
     if propensity is None or not 0 < propensity <= 1:
-        raise ValueError(f"propensity is {propensity}: without one above 0, at most 1, the decision says nothing of another policy")
+        raise ValueError(
+            f"propensity is {propensity}: expected a number above 0, at most 1, written at decision time"
+        )
     return float(probability / propensity)
 
 # %% ../nbs/24_counterfactual.ipynb #24-counterfactual-10
@@ -48,7 +50,8 @@ class Diagnostics:
     def _repr_markdown_(self) -> str:
         head = "the log can answer" if self.usable else "**the log cannot answer**: " + "; ".join(self.reasons)
         return (
-            f"{head}\n\n| rows | effective | mean weight | largest | never taken | unsupported |\n|---|---|---|---|---|---|\n"
+            f"{head}\n\n| rows | effective | mean weight | largest | weight 0 | unsupported |\n"
+            "|---|---|---|---|---|---|\n"
             f"| {self.n:,} | {self.effective_n:,.1f} | {self.mean_weight:.3g} | {self.max_weight:.3g} "
             f"| {self.zero_share:.1%} | {self.unsupported_share:.1%} |"
         )
@@ -79,9 +82,9 @@ def diagnose_weights(
     if effective < min_effective_n:
         reasons.append(f"effective sample size {effective:.1f} of {n:,} rows is below {min_effective_n:g}")
     if n and abs(mean - 1) > max(0.05, 4 * error):
-        reasons.append(f"mean weight {mean:.3g} is far from 1: propensities are wrong, or the log lacks what the policy does")
+        reasons.append(f"mean weight {mean:.3g} is far from 1: propensities are wrong or actions are missing")
     if hidden > max_unsupported:
-        reasons.append(f"{hidden:.1%} of the policy's decisions were never taken in the log, at most {max_unsupported:.1%} may be")
+        reasons.append(f"{hidden:.1%} of the policy's decisions have no support, at most {max_unsupported:.1%} may")
     zero = float((w == 0).mean()) if n else 0.0
     return Diagnostics(n, effective, mean, float(w.max(initial=0)), zero, hidden, tuple(reasons))
 
@@ -110,7 +113,9 @@ def estimate_value(
     if len(r) != len(w):
         raise ValueError(f"{len(r)} outcomes and {len(w)} weights: pass one of each a row")
     checked = diagnose_weights(w, unsupported)
-    return Counterfactual(mean_interval(r * w, clusters, None, seed), mean_interval(r * w, clusters, w, seed), checked)
+    return Counterfactual(
+        mean_interval(r * w, clusters, None, seed), mean_interval(r * w, clusters, w, seed), checked
+    )
 
 # %% ../nbs/24_counterfactual.ipynb #24-counterfactual-23
 def doubly_robust(

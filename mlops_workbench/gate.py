@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 
 from .metrics import Metric, check_scores, metric_arrays
@@ -57,7 +56,9 @@ def _pair_scores(
     candidate_ids, baseline_ids = candidate_scores["example_id"], baseline_scores["example_id"]
     for side, ids in (("candidate", candidate_ids), ("baseline", baseline_ids)):
         if ids.duplicated().any():
-            raise ValueError(f"{side} scores hold example {ids[ids.duplicated()].iloc[0]!r} twice: one row per example")
+            raise ValueError(
+                f"{side} scores hold example {ids[ids.duplicated()].iloc[0]!r} twice: one row per example"
+            )
     odd = set(candidate_ids) ^ set(baseline_ids)
     if odd:
         raise ValueError(f"example {min(odd)!r} was scored for one policy only: replay both on the same rows")
@@ -118,55 +119,63 @@ def _side(
 def _compare(
     criterion: Criterion,
     evidence: Evidence,
-) -> tuple[Interval | None, tuple[float, float, float], str]:  # the interval, (low, high, bound) of `_side`, what is asked
-    "Bring a rule on intervals to the form: must be at or above a bound."
+) -> tuple[Interval | None, int, float, str]:  # interval, sign, bound, words: sign × interval ≥ bound is good
+    "Bring a rule on intervals to one form: what must stay below a bound is turned around."
     rule, bound, unit = criterion.rule, criterion.bound, f" {evidence.metric.unit}".rstrip()
-    if rule in ("at_least", "at_most"):
-        found, rising, asked = evidence.candidate, rule == "at_least", f"asked: {rule.replace('_', ' ')} {bound:g}{unit}"
-    elif rule == "no_worse":
-        found, rising = evidence.difference, evidence.metric.higher_is_better
-        loss = f" by more than {bound:g}{unit}" if bound else ""
-        asked = f"candidate − baseline, asked: not {'lower' if rising else 'higher'}{loss}"
-        bound = -bound if rising else bound
-    elif rule == "ratio_at_least":
-        found, rising, asked = evidence.ratio, True, f"candidate / baseline, asked: at least {bound:g}"
-    else:
-        raise ValueError(f"criterion on {criterion.metric!r} has rule {rule!r}: choose all, at_least, at_most, no_worse or ratio_at_least")
-    if found is None:
-        return None, (math.nan,) * 3, asked
-    low, high = (found.low, found.high) if rising else (-found.high, -found.low)
-    return found, (low, high, bound if rising else -bound), asked
+    if rule == "at_least":
+        return evidence.candidate, 1, bound, f"is {{}}; asked: at least {bound:g}{unit}"
+    if rule == "at_most":
+        return evidence.candidate, -1, -bound, f"is {{}}; asked: at most {bound:g}{unit}"
+    if rule == "ratio_at_least":
+        return evidence.ratio, 1, bound, f"over the baseline's is {{}}; asked: at least {bound:g}"
+    if rule != "no_worse":
+        known = "all, at_least, at_most, no_worse or ratio_at_least"
+        raise ValueError(f"criterion on {criterion.metric!r} has rule {rule!r}: choose {known}")
+    loss, higher = f" by more than {bound:g}{unit}" if bound else "", evidence.metric.higher_is_better
+    words = f"minus the baseline's is {{}}; asked: not {'lower' if higher else 'higher'}{loss}"
+    return evidence.difference, 1 if higher else -1, -bound, words
 
 # %% ../nbs/30_gate.ipynb #30-gate-18
+def _judge_rows(
+    criterion: Criterion,  # with rule `all`
+    evidence: Evidence,
+    min_rows: int,
+) -> tuple[str, str]:  # outcome and reason
+    "Hold the worst row against a bound: one broken row is enough to fail, few rows are not enough to pass."
+    n, worst, higher = evidence.candidate.n, evidence.worst, evidence.metric.higher_is_better
+    if worst is None:
+        return "not enough evidence", f"has no weight in any of {n:,} rows"
+    asked = f"{criterion.bound:g} or {'more' if higher else 'less'} in every row"
+    text = f"is {worst:.4g} in the worst of {n:,} rows; asked: {asked}"
+    if worst < criterion.bound if higher else worst > criterion.bound:
+        return "fail", text
+    return ("pass", text) if n >= min_rows else ("not enough evidence", f"{text}, and {min_rows:,} rows or more")
+
+# %% ../nbs/30_gate.ipynb #30-gate-19
 def judge_criterion(
-    criterion: Criterion,
+    criterion: Criterion,  # what is asked
     evidence: Evidence | None,  # of the criterion's metric; None when it was not measured
     min_rows: int = 30,  # with fewer rows nothing passes
 ) -> Judged:
     "Hold one metric's evidence against one criterion."
-
-    def judged(outcome: str, reason: str) -> Judged:
-        return Judged(criterion.metric, criterion.rule, float(criterion.bound), outcome, f"{criterion.metric} {reason}")
-
     if evidence is None:
-        return judged("not enough evidence", "was not measured")
-    n, higher = evidence.candidate.n, evidence.metric.higher_is_better
-    if criterion.rule == "all" and evidence.worst is not None:
-        broken = evidence.worst < criterion.bound if higher else evidence.worst > criterion.bound
-        side = "or more" if higher else "or less"
-        if broken or n >= min_rows:
-            text = f"is {evidence.worst:.4g} in the worst of {n:,} rows (asked: {criterion.bound:g} {side} in every row)"
-            return judged("fail" if broken else "pass", text)
-    if n < min_rows:
-        return judged("not enough evidence", f"rests on {n:,} rows (asked: {min_rows:,} or more)")
-    if criterion.rule == "all":
-        return judged("not enough evidence", f"has weight 0 in all of {n:,} rows")
-    found, ends, asked = _compare(criterion, evidence)
-    if found is None:
-        return judged("not enough evidence", f"has no baseline to compare with ({asked})")
-    return judged(_side(*ends), f"is {found} ({asked})")
+        outcome, reason = "not enough evidence", "was not measured"
+    elif criterion.rule == "all":
+        outcome, reason = _judge_rows(criterion, evidence, min_rows)
+    else:
+        found, sign, bound, words = _compare(criterion, evidence)
+        if found is None:
+            outcome, reason = "not enough evidence", "has no baseline to compare with"
+        elif found.n < min_rows:
+            outcome, reason = "not enough evidence", f"rests on {found.n:,} rows; asked: {min_rows:,} or more"
+        else:
+            low, high = sorted((sign * found.low, sign * found.high))
+            outcome, reason = _side(low, high, bound), words.format(found)
+    because = f" ({criterion.reason})" if criterion.reason and outcome != "pass" else ""
+    said = f"{criterion.metric} {reason}{because}"
+    return Judged(criterion.metric, criterion.rule, float(criterion.bound), outcome, said)
 
-# %% ../nbs/30_gate.ipynb #30-gate-21
+# %% ../nbs/30_gate.ipynb #30-gate-22
 @dataclass(frozen=True)
 class Verdict:
     "What the gate decided, and why."
@@ -198,7 +207,7 @@ class Verdict:
         lines += [f"| {c.metric} | {c.rule} {c.bound:g} | {c.outcome} | {c.reason} |" for c in self.criteria]
         return "\n".join(lines)
 
-# %% ../nbs/30_gate.ipynb #30-gate-22
+# %% ../nbs/30_gate.ipynb #30-gate-23
 def judge(
     criteria: Iterable[Criterion],  # what is asked; asking nothing is refused
     evidence: Iterable[Evidence],  # one per metric
@@ -214,7 +223,7 @@ def judge(
     sorted_by_weight = sorted(judged, key=lambda j: order.index(j.outcome))
     return Verdict(outcome, tuple(j.reason for j in sorted_by_weight), judged)
 
-# %% ../nbs/30_gate.ipynb #30-gate-29
+# %% ../nbs/30_gate.ipynb #30-gate-30
 def plot_evidence(
     evidence: Sequence[Evidence],  # at least one
 ) -> Any:  # matplotlib Figure
@@ -230,9 +239,11 @@ def plot_evidence(
             ends = [end if math.isfinite(end) else found.estimate for end in (found.low, found.high)]
             ax.plot(ends, [y, y], color=colour, linewidth=2)
             ax.plot(found.estimate, y, "o", color=colour)
-        arrow = "higher is better" if e.metric.higher_is_better else "lower is better"
+        name = f"{e.metric.name} ({e.metric.unit})" if e.metric.unit else e.metric.name
         ax.set_yticks([0, 1], ["baseline", "candidate"], fontsize=8)
         ax.set_ylim(-0.6, 1.6)
-        ax.set_title(f"{e.metric.name}{f' ({e.metric.unit})' if e.metric.unit else ''}, {arrow}", fontsize=8, loc="left")
+        ax.set_title(
+            f"{name}, {'higher' if e.metric.higher_is_better else 'lower'} is better", fontsize=8, loc="left"
+        )
         ax.tick_params(axis="x", labelsize=8)
     return figure

@@ -29,10 +29,12 @@ class Metric:
     value: str | None = None  # column of the scores that holds the value; None means the column `name`
     weight: str | None = None  # column of weights >= 0 for a ratio metric; None means 1 in every row
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         "Refuse an empty range."
         if not self.low < self.high:
-            raise ValueError(f"metric {self.name!r} ranges from {self.low:g} to {self.high:g}: low must be below high")
+            raise ValueError(
+                f"metric {self.name!r} ranges from {self.low:g} to {self.high:g}: low must be below high"
+            )
 
     @property
     def value_column(self) -> str:
@@ -53,7 +55,8 @@ def check_scores(
     for metric in metrics:
         for column in metric.columns:
             if column not in scores:
-                raise ValueError(f"scores have no column {column!r} for {metric.name!r}: {nearest(column, scores.columns)}")
+                hint = nearest(column, scores.columns)
+                raise ValueError(f"scores have no column {column!r} for {metric.name!r}: {hint}")
         value, weight = metric_arrays(scores, metric)
         slack = 1e-9 * np.maximum(1, np.abs(value))
         fits = np.isfinite(value) & np.isfinite(weight) & (weight >= 0)
@@ -63,8 +66,9 @@ def check_scores(
             fits &= (value >= low - slack) & (value <= high + slack)
         if not fits.all():
             row = int(np.flatnonzero(~fits)[0])
+            found = f"is {value[row]:g} with weight {weight[row]:g}"
             raise ValueError(
-                f"{metric.name} of example {scores['example_id'].iloc[row]!r} is {value[row]:g} with weight {weight[row]:g}: "
+                f"{metric.name} of example {scores['example_id'].iloc[row]!r} {found}: "
                 f"expected a value from {metric.low:g} to {metric.high:g} per unit of weight, and a weight of 0 or more"
             )
 

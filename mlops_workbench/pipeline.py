@@ -209,13 +209,13 @@ def settle_killed(
 # %% ../nbs/60_pipeline.ipynb #60-pipeline-20
 def read_runs(
     store: Store,
-    run_id: str | None = None,  # or the first characters of one; None reads all
+    run_id: str | None = None,  # or a part of one; None reads all
     limit: int = 50,  # newest first
 ) -> list[dict[str, Any]]:  # a run with its stages
     "Read runs and their stages."
     settle_killed(store)
     with transaction(store) as connection:
-        where = "WHERE %(id)s::text IS NULL OR starts_with(run_id, %(id)s)"
+        where = "WHERE %(id)s::text IS NULL OR strpos(run_id, %(id)s) > 0"
         runs = read_rows(
             connection,
             f"SELECT {_RUN} FROM exp.runs {where} ORDER BY started_at DESC, run_id DESC LIMIT %(n)s",
@@ -422,7 +422,8 @@ def run_stage(
     parameters = dict(parameters) | {name: session.value(source) for name, source in stage.needs.items()}
     executed = session.folder / f"{session.pipeline.position(stage.name)}-{stage.name}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    tags = provenance(session.settings.root, stage.notebook) | {"workbench.stage": stage.name}
+    tags = provenance(session.settings.root, stage.notebook)
+    tags |= {"workbench.stage": stage.name, "workbench.run": session.run_id}
     run = start_run(session.tracking, session.pipeline.name, stage.name, tags, session.parent)
     started, begun = utc_now(), monotonic()
     notebook = str(executed.relative_to(session.settings.home))

@@ -85,13 +85,13 @@ def _resample(
     sums: np.ndarray,  # one row per cluster
     seed: int,  # equal seeds give equal draws
 ) -> np.ndarray:  # one row per draw, the totals of the drawn clusters
-    "Draw all clusters but one with replacement, again and again, and total each draw."
+    "Draw as many clusters as there are, with replacement, again and again, and total each draw."
     n, rng = len(sums), np.random.default_rng(seed)
     step = max(1, 2_000_000 // n)  # bounds the memory: about 16 MB of counts at a time
     totals = []
     for start in range(0, _DRAWS, step):
         k = min(step, _DRAWS - start)
-        drawn = rng.integers(0, n, (k, n - 1)) + n * np.arange(k)[:, None]
+        drawn = rng.integers(0, n, (k, n)) + n * np.arange(k)[:, None]
         totals.append(np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n) @ sums)
     return np.concatenate(totals)
 
@@ -104,9 +104,12 @@ def _interval(
     level: float,
 ) -> Interval:
     "Take the middle of the draws; a draw without an estimate counts against both ends."
+    from scipy.stats import norm, t
+
     if n_clusters < 2 or not math.isfinite(estimate):
         return Interval(estimate, -math.inf, math.inf, n, n_clusters, level)
-    tail = (1 - level) / 2
+    wider = math.sqrt(n_clusters / (n_clusters - 1))
+    tail = float(norm.cdf(wider * t.ppf((1 - level) / 2, n_clusters - 1)))
     low = np.quantile(np.where(np.isnan(draws), -np.inf, draws), tail, method="lower")
     high = np.quantile(np.where(np.isnan(draws), np.inf, draws), 1 - tail, method="higher")
     return Interval(estimate, float(low), float(high), n, n_clusters, level)
