@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'typed_examples', 'Split', 'plan_split', 'split_examples', 'fingerprint', 'DatasetVersion',
-           'describe_dataset', 'write_dataset', 'freeze_dataset', 'read_dataset', 'newest_dataset', 'plot_dataset',
-           'shuffle_outcomes']
+           'describe_dataset', 'write_dataset', 'freeze_dataset', 'read_dataset', 'newest_dataset', 'plot_dataset']
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-03
 import hashlib
@@ -278,12 +277,3 @@ def plot_dataset(
     axes.legend(ncols=3, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.2))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-# %% ../nbs/13_dataset.ipynb #13-dataset-34
-def shuffle_outcomes(
-    rows: pd.DataFrame,  # dataset rows
-    seed: int,  # of the shuffle
-) -> pd.DataFrame:  # the same contexts with other rows' outcomes
-    "Break the link between contexts and outcomes."
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return rows.assign(outcome=rows["outcome"].to_numpy()[order])

@@ -123,6 +123,18 @@ def _divide(
     return np.divide(over, under, out=np.full(np.shape(over), np.nan), where=np.asarray(under) > 0)
 
 # %% ../nbs/15_stats.ipynb #15-stats-18
+def _weighted_rows(
+    columns: Sequence[Sequence[float]],  # values and weights in turn: one pair, or two of two policies
+    clusters: Sequence | None,  # unit of each row
+) -> tuple[list[np.ndarray], Sequence | None]:  # the columns and clusters of the rows that count
+    "Leave out the rows that have weight 0 everywhere."
+    arrays = [np.asarray(c, float) for c in columns]
+    keep = np.any([w != 0 for w in arrays[1::2]], axis=0)
+    if clusters is not None and len(clusters) == len(keep):
+        clusters = np.asarray(clusters)[keep]
+    return [a[keep] for a in arrays], clusters
+
+# %% ../nbs/15_stats.ipynb #15-stats-19
 def mean_interval(
     values: Sequence[float],  # one a row, finite
     clusters: Sequence | None = None,  # unit of each row; None: rows are independent
@@ -130,10 +142,11 @@ def mean_interval(
     seed: int = 0,  # of the bootstrap
     level: float = 0.95,  # in (0, 1)
 ) -> Interval:
-    "Bound a mean, or a ratio metric Σ value / Σ weight."
-    values = np.asarray(values, float)
-    sums = _cluster_sums([values, np.ones(len(values)) if weights is None else weights], clusters)
-    n_clusters, is_binary = len(sums), weights is None and bool(np.isin(values, (0, 1)).all())
+    "Bound a mean, or a ratio metric Σ value / Σ weight; rows of weight 0 are not there."
+    weight = np.ones(len(values)) if weights is None else weights
+    (values, weight), clusters = _weighted_rows([values, weight], clusters)
+    sums = _cluster_sums([values, weight], clusters)
+    n_clusters, is_binary = len(sums), bool((weight == 1).all() and np.isin(values, (0, 1)).all())
     if is_binary and n_clusters and (n_clusters == len(values) or values.min() == values.max()):
         exact = proportion_interval(round(values.mean() * n_clusters), n_clusters, level)
         return Interval(exact.estimate, exact.low, exact.high, len(values), n_clusters, level)
@@ -141,20 +154,23 @@ def mean_interval(
     draws = _divide(*_resample(sums, seed).T) if n_clusters > 1 else np.empty(0)
     return _interval(estimate, draws, len(values), n_clusters, level)
 
-# %% ../nbs/15_stats.ipynb #15-stats-23
+# %% ../nbs/15_stats.ipynb #15-stats-24
 def _pair(
     candidate: Sequence[float],
     baseline: Sequence[float],
     clusters: Sequence | None,
     weights: tuple[Sequence[float], Sequence[float]] | None,
-) -> np.ndarray:  # per cluster: candidate's value and weight, baseline's value and weight
+) -> tuple[
+    np.ndarray, int
+]:  # per cluster: candidate's value and weight, baseline's value and weight; rows that count
     "Bring two policies' rows together."
     if len(candidate) != len(baseline):
         raise ValueError(f"{len(candidate)} candidate rows and {len(baseline)} baseline rows: pair them first")
     of_candidate, of_baseline = weights or (np.ones(len(candidate)),) * 2
-    return _cluster_sums([candidate, of_candidate, baseline, of_baseline], clusters)
+    columns, clusters = _weighted_rows([candidate, of_candidate, baseline, of_baseline], clusters)
+    return _cluster_sums(columns, clusters), len(columns[0])
 
-# %% ../nbs/15_stats.ipynb #15-stats-24
+# %% ../nbs/15_stats.ipynb #15-stats-25
 def difference_interval(
     candidate: Sequence[float],  # values, one a row
     baseline: Sequence[float],  # values of the same rows in the same order
@@ -164,15 +180,15 @@ def difference_interval(
     level: float = 0.95,  # in (0, 1)
 ) -> Interval:  # of candidate − baseline, in the metric's unit
     "Bound how much larger the candidate's metric is, row paired with row."
-    sums = _pair(candidate, baseline, clusters, weights)
+    sums, n = _pair(candidate, baseline, clusters, weights)
     a, wa, b, wb = sums.sum(axis=0)
     draws = np.empty(0)
     if len(sums) > 1:
         total = _resample(sums, seed).T
         draws = _divide(total[0], total[1]) - _divide(total[2], total[3])
-    return _interval(float(_divide(a, wa) - _divide(b, wb)), draws, len(candidate), len(sums), level)
+    return _interval(float(_divide(a, wa) - _divide(b, wb)), draws, n, len(sums), level)
 
-# %% ../nbs/15_stats.ipynb #15-stats-25
+# %% ../nbs/15_stats.ipynb #15-stats-26
 def ratio_interval(
     candidate: Sequence[float],  # values, one a row
     baseline: Sequence[float],  # values of the same rows, with a mean above 0
@@ -182,10 +198,10 @@ def ratio_interval(
     level: float = 0.95,  # in (0, 1)
 ) -> Interval:  # of candidate / baseline, without unit
     "Bound the candidate's metric as a share of the baseline's."
-    sums = _pair(candidate, baseline, clusters, weights)
+    sums, n = _pair(candidate, baseline, clusters, weights)
     a, wa, b, wb = sums.sum(axis=0)
     draws = np.empty(0)
     if len(sums) > 1:
         total = _resample(sums, seed).T
         draws = _divide(_divide(total[0], total[1]), _divide(total[2], total[3]))
-    return _interval(float(_divide(_divide(a, wa), _divide(b, wb))), draws, len(candidate), len(sums), level)
+    return _interval(float(_divide(_divide(a, wa), _divide(b, wb))), draws, n, len(sums), level)

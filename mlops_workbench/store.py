@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ServerStatus', 'server_status', 'start_server', 'stop_server', 'Store', 'connect', 'transaction', 'read_rows',
            'advisory_lock', 'Migration', 'read_migrations', 'choose_migrations', 'apply_migrations', 'open_store',
-           'temporary_store', 'copy_rows', 'write_rows', 'read_table']
+           'temporary_store', 'as_json', 'copy_rows', 'write_rows', 'read_table']
 
 # %% ../nbs/02_store.ipynb #02-store-03
 import atexit
@@ -423,7 +423,7 @@ def transaction(
     "Do everything in the block or nothing of it."
     connection = connect(store)
     try:
-        with connection:
+        with connection.transaction():
             yield connection
     except psycopg.Error as error:
         told = _told(error, store.url)
@@ -435,7 +435,7 @@ def transaction(
 def read_rows(
     connection: psycopg.Connection,  # inside a transaction
     sql: str,  # a query; `%s` stands for a parameter
-    parameters: Sequence[Any] = (),  # one a `%s`
+    parameters: Sequence[Any] | Mapping[str, Any] = (),  # one a `%s`, or named ones for `%(name)s`
 ) -> list[dict[str, Any]]:  # one a row, in the query's order
     "Read a few rows, typed by Python."
     return connection.execute(sql, parameters or None).fetchall()
@@ -597,13 +597,13 @@ def temporary_store() -> Iterator[Store]:  # gone after the block
             yield store
 
 # %% ../nbs/02_store.ipynb #02-store-47
-def _cell(
-    value: Any,  # of a row
-) -> Any:  # what COPY takes
-    "Wrap what is kept as JSON."
+def as_json(
+    value: Any,  # of a column
+) -> Any:  # what the driver takes for it
+    "Wrap a dictionary or a list for a jsonb column; any other value is its own."
     return Jsonb(value, dumps=partial(json.dumps, allow_nan=False)) if isinstance(value, dict | list) else value
 
-
+# %% ../nbs/02_store.ipynb #02-store-48
 def copy_rows(
     connection: psycopg.Connection,  # inside a transaction
     table: str,  # whose columns the rows have, such as 'exp.events'
@@ -623,10 +623,10 @@ def copy_rows(
     )
     with connection.cursor().copy(sqltext.SQL("COPY {} ({}) FROM STDIN").format(temporary, columns)) as copy:
         for row in rows:
-            copy.write_row([_cell(row[name]) for name in names])
+            copy.write_row([as_json(row[name]) for name in names])
     return f"incoming_{n}"
 
-# %% ../nbs/02_store.ipynb #02-store-48
+# %% ../nbs/02_store.ipynb #02-store-49
 def write_rows(
     connection: psycopg.Connection,  # inside a transaction
     table: str,  # such as 'exp.datasets'
@@ -644,7 +644,7 @@ def write_rows(
         insert += sqltext.SQL(" ORDER BY {} ON CONFLICT ({}) DO NOTHING").format(keys, keys)
     return connection.execute(insert).rowcount
 
-# %% ../nbs/02_store.ipynb #02-store-53
+# %% ../nbs/02_store.ipynb #02-store-54
 def read_table(
     store: Store,  # where
     sql: str,  # a query; `$1`, `$2`, … stand for parameters

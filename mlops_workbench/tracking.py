@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tracking_uri', 'Tracking', 'open_tracking', 'code_version', 'environment_lock', 'provenance', 'Run', 'start_run',
            'open_run', 'end_run', 'log_parameters', 'log_metrics', 'log_tags', 'log_dataset', 'log_file', 'log_figure',
-           'log_table', 'read_artifact', 'log_model', 'ui_command']
+           'log_table', 'read_artifact', 'read_history', 'log_model', 'ui_command']
 
 # %% ../nbs/03_tracking.ipynb #03-tracking-03
 import hashlib
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+import pandas as pd
 
 from .core import WorkbenchError, canonical_bytes, digest_file, utc_now
 from .settings import Settings
@@ -273,7 +275,19 @@ def read_artifact(
     except (MlflowException, OSError) as error:
         raise WorkbenchError(f"run {run_id} has no artefact {name!r}: {str(error).splitlines()[0]}") from None
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-36
+# %% ../nbs/03_tracking.ipynb #03-tracking-34
+def read_history(
+    tracking: Tracking,
+    run_id: str,  # MLflow run
+    names: Sequence[str],  # of metrics; the ones that were not logged are left out
+) -> pd.DataFrame:  # column `step`, and one column a metric; missing where a step has no value
+    "Read how metrics moved while a run ran."
+    client = tracking.client
+    curves = {name: {m.step: m.value for m in client.get_metric_history(run_id, name)} for name in names}
+    frame = pd.DataFrame({name: pd.Series(curve, dtype=float) for name, curve in curves.items() if curve})
+    return frame.rename_axis("step").reset_index()
+
+# %% ../nbs/03_tracking.ipynb #03-tracking-37
 def log_model(
     run: Run,
     name: str,  # of the logged model
@@ -302,7 +316,7 @@ def log_model(
     )
     return info.model_uri
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-38
+# %% ../nbs/03_tracking.ipynb #03-tracking-39
 def ui_command(
     tracking: Tracking,
     host: str = "127.0.0.1",  # address to listen on

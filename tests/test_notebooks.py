@@ -88,6 +88,27 @@ def commented_lines(source):
     return {t.start[0] for t in found if t.type == tokenize.COMMENT}
 
 
+def is_plain(argument):
+    "Say whether a type leaves open what is meant: text and numbers do, a class of ours (`store: Store`) does not."
+    if argument.annotation is None or "help=" in ast.unparse(argument.annotation):
+        return False
+    names = {n.id for n in ast.walk(argument.annotation) if isinstance(n, ast.Name)}
+    return bool(names) and names <= {
+        "str",
+        "int",
+        "float",
+        "bool",
+        "bytes",
+        "list",
+        "dict",
+        "tuple",
+        "Path",
+        "Any",
+        "Mapping",
+        "Sequence",
+    }
+
+
 def shape_offences(source):
     "List what is wrong with the shape of one exported cell."
     body = [line for line in source.strip().splitlines() if not line.startswith("#|")]
@@ -99,10 +120,13 @@ def shape_offences(source):
         wrong += [f"{function.name}: {depth} levels of nesting, at most {MAX_NESTING}"] * (depth > MAX_NESTING)
         wrong += [f"{function.name}: {len(given)} parameters, at most {MAX_PARAMETERS}"] * (len(given) > MAX_PARAMETERS)
         wrong += [f"{function.name}: no annotation of {', '.join(bare)}"] * bool(bare)
-        wrong += [f"{function.name}: no annotation of what it returns"] * (function.returns is None)
+        untold = function.returns is None and function.name not in ("__init__", "__post_init__")
+        wrong += [f"{function.name}: no annotation of what it returns"] * untold
     public = [f for f in tree.body if isinstance(f, FUNCTIONS) and not f.name.startswith("_")]
     comments = commented_lines(python(source))
-    silent = [f"{f.name}({a.arg})" for f in public for a in arguments(f) if a.end_lineno not in comments]
+    silent = [
+        f"{f.name}({a.arg})" for f in public for a in arguments(f) if is_plain(a) and a.end_lineno not in comments
+    ]
     return wrong + [f"no comment behind {', '.join(silent)}"] * bool(silent)
 
 
@@ -233,7 +257,7 @@ def stages(path):
     "Read the stages of a parameter file: name → (notebook, keys given, keys needed)."
     content = yaml.safe_load(path.read_text())["stages"]
     return {
-        stage: (body["notebook"], sorted(body.get("parameters") or {}), sorted(body.get("needs") or {}))
+        stage: (body.get("notebook", f"nbs/pipelines/{stage}.ipynb"), sorted(body.get("parameters") or {}), sorted(body.get("needs") or {}))
         for stage, body in content.items()
     }
 

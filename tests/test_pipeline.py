@@ -59,7 +59,12 @@ def project(tmp_path, store, monkeypatch):
         "  add:\n    parameters: {a: 2}\n"
         "  show:\n    needs: {total: add.total}\n    when: add.positive\n"
     )
-    write_notebook(tmp_path, "add", "a: int = 1  # first\nb: int = 1  # second", "record_outputs(run, total=a + b, positive=a + b > 0)")
+    write_notebook(
+        tmp_path,
+        "add",
+        "a: int = 1  # first\nb: int = 1  # second",
+        "record_outputs(run, total=a + b, positive=a + b > 0)",
+    )
     write_notebook(tmp_path, "show", "total: int = 0  # shown", "record_outputs(run, text=str(10 // (total - 5)))")
     monkeypatch.setenv("WORKBENCH_DATABASE_URL", store.url)
     return tmp_path
@@ -156,9 +161,13 @@ def test_from_needs_results_of_the_stages_before(project, store):
 
 
 def start_driver(project: Path) -> subprocess.Popen:
-    write_notebook(project, "add", "a: int = 1\nb: int = 1", "import time; open('sleeping', 'w').close(); time.sleep(60)")
+    write_notebook(
+        project, "add", "a: int = 1\nb: int = 1", "import time; open('sleeping', 'w').close(); time.sleep(60)"
+    )
     code = "from mlops_workbench.cli import main; import sys; sys.argv = ['workbench', 'run', 'sums']; main()"
-    driver = subprocess.Popen([sys.executable, "-c", code], cwd=project, env=os.environ, stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=project, env=os.environ, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not list(project.glob(".workbench/runs/*/sleeping")):
         assert time.monotonic() < deadline and driver.poll() is None, driver.stderr.read()

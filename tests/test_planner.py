@@ -98,7 +98,9 @@ def test_settled_plans_leave_room_for_an_honest_model():
 
 def test_the_planner_takes_one_thing_from_the_kitchen():
     tree = ast.parse(Path(planner.__file__).read_text())
-    imported = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and n.module.endswith("kitchen")]
+    imported = [
+        n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and n.module.endswith("kitchen")
+    ]
     assert [a.name for n in imported for a in n.names] == ["write_simulation"]
 
 
@@ -222,7 +224,11 @@ LEGAL = ["r02", "r29", "r48", "r49", "r55"]
         ({"allergies": []}, [*LEGAL[:4], "r16"], "margherita toast contains dairy"),
         ({"diet": "vegetarian", "allergies": []}, [*LEGAL[:4], "r24"], "beef tacos contains meat"),
         ({"diet": "pescatarian", "allergies": []}, [*LEGAL[:4], "r24"], "beef tacos contains meat"),
-        ({"diet": "pescatarian", "allergies": ["shellfish"]}, [*LEGAL[:4], "r30"], "shrimp rice bowl contains shellfish"),
+        (
+            {"diet": "pescatarian", "allergies": ["shellfish"]},
+            [*LEGAL[:4], "r30"],
+            "shrimp rice bowl contains shellfish",
+        ),
         ({"diet": "none", "allergies": ["gluten"]}, [*LEGAL[:4], "r15"], "spaghetti bolognese contains gluten"),
         ({"diet": "none", "allergies": ["nuts"]}, [*LEGAL[:4], "r38"], "cashew chicken contains nuts"),
         ({"diet": "none", "allergies": ["soy"]}, [*LEGAL[:4], "r37"], "tofu broccoli contains soy"),
@@ -248,7 +254,9 @@ def test_a_completion_follows_its_shape_and_reads_back():
         assert planner.parse("".join(written)) == answer
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '{"plan":7}', '{"plan":[1]}', '{"plan":[["r01"]]}', '{"meal":[]}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "7", '{"plan":7}', '{"plan":[1]}', '{"plan":[["r01"]]}', '{"meal":[]}']
+)
 def test_what_is_no_plan_is_not_read(text):
     assert planner.parse(text) is None
 

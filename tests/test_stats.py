@@ -91,6 +91,18 @@ def test_all_rows_alike_are_not_certainty():
     assert mean_interval([0] * 100).high == pytest.approx(proportion_interval(0, 100).high)
 
 
+def test_rows_without_weight_are_not_there():
+    clicks, judged, unit = [1, 0, 0, 1, 0, 1], [1, 1, 1, 0, 1, 0], list("aabbcc")
+    assert mean_interval([c * j for c, j in zip(clicks, judged, strict=True)], None, judged) == mean_interval(
+        [1, 0, 0, 0]
+    )
+    assert mean_interval([0, 0, 0, 0, 0, 0], unit, judged).high == pytest.approx(proportion_interval(0, 3).high)
+    a, b = np.array(clicks) * judged, np.zeros(6)
+    found = difference_interval(a, b, unit, (judged, judged))
+    assert (found.n, found.n_clusters, found.estimate) == (4, 3, 0.25)
+    assert mean_interval([0.0, 0.0], ["a", "b"], [0.0, 0.0]).n == 0
+
+
 def test_an_interval_survives_json():
     for found in (Interval(0.5, 0.1, 0.9, 10, 3), Interval(math.nan, -math.inf, math.inf, 0, 0)):
         again = Interval.from_dict(found.to_dict())
