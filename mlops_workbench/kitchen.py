@@ -27,14 +27,7 @@ from mlops_workbench.cookbook import (
 )
 from .core import WorkbenchError, stable_id
 from .events import Event, write_events
-from mlops_workbench.store import (
-    Store,
-    apply_migrations,
-    read_migrations,
-    read_rows,
-    transaction,
-    write_rows,
-)
+from .store import Store, apply_migrations, read_migrations, read_rows, transaction, write_rows
 
 # %% ../nbs/69_kitchen.ipynb #69-kitchen-06
 _DEAR = {"low": 0.6, "mid": 0.2, "high": 0.0}  # worth lost for each EUR above 3, by budget
@@ -268,8 +261,8 @@ def _claim_source(
         found = read_rows(connection, sql, (wanted["source"],))[0]
     if found != wanted:
         raise WorkbenchError(
-            f"source {wanted['source']!r} names a history with seed {found['seed']} and {found['n_decisions']} decisions, "
-            f"not seed {wanted['seed']} and {wanted['n_decisions']}: give this one a source of its own"
+            f"source {wanted['source']!r} names a history with seed {found['seed']} and {found['n_decisions']} "
+            f"decisions, not seed {wanted['seed']} and {wanted['n_decisions']}: give this one a source of its own"
         )
 
 # %% ../nbs/69_kitchen.ipynb #69-kitchen-34

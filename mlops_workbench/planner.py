@@ -218,7 +218,8 @@ _DECIDED = """
     SELECT payload ->> 'plan_id' AS example_id, min(unit_id) AS unit_id,
            min(event_at) FILTER (WHERE type = 'plan_proposed') AS decided_at,
            (array_agg(payload -> 'plan') FILTER (WHERE type = 'plan_proposed'))[1]::text AS action,
-           (array_agg(payload - 'plan_id' ORDER BY event_at DESC) FILTER (WHERE type = 'plan_decided'))[1]::text AS outcome
+           (array_agg(payload - 'plan_id' ORDER BY event_at DESC)
+               FILTER (WHERE type = 'plan_decided'))[1]::text AS outcome
     FROM exp.events
     WHERE source = $1 AND type IN ('plan_proposed', 'plan_decided') AND event_at < $2 AND received_at < $2
     GROUP BY 1 HAVING count(DISTINCT type) = 2

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['tracking_uri', 'Tracking', 'open_tracking', 'code_version', 'environment_lock', 'provenance', 'Run', 'start_run',
-           'open_run', 'end_run', 'log_parameters', 'log_metrics', 'log_tags', 'log_dataset', 'log_file', 'log_figure',
-           'log_table', 'read_artifact', 'read_history', 'log_model', 'ui_command']
+           'open_run', 'end_run', 'log_parameters', 'log_metrics', 'log_history', 'log_tags', 'log_dataset', 'log_file',
+           'log_figure', 'log_table', 'read_artifact', 'read_history', 'log_model', 'ui_command']
 
 # %% ../nbs/03_tracking.ipynb #03-tracking-03
 import hashlib
@@ -199,6 +199,15 @@ def log_metrics(
     run.client.log_batch(run.run_id, metrics=batch, synchronous=True)
 
 # %% ../nbs/03_tracking.ipynb #03-tracking-28
+def log_history(
+    run: Run,
+    step: int,  # of training
+    metrics: Mapping[str, float],  # name → value
+) -> None:
+    "Record metrics of a training step, in the order in which training reports them."
+    log_metrics(run, metrics, step)
+
+# %% ../nbs/03_tracking.ipynb #03-tracking-29
 def log_tags(
     run: Run,
     tags: Mapping[str, str],  # name → text
@@ -208,7 +217,7 @@ def log_tags(
 
     run.client.log_batch(run.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()], synchronous=True)
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-29
+# %% ../nbs/03_tracking.ipynb #03-tracking-30
 def log_dataset(
     run: Run,
     name: str,  # such as 'planner/d-7f3a0c1b2d4e'
@@ -223,7 +232,7 @@ def log_dataset(
     run.client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
     log_tags(run, {"dataset.fingerprint": fingerprint})
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-30
+# %% ../nbs/03_tracking.ipynb #03-tracking-31
 def log_file(
     run: Run,
     path: Path | str,  # an existing file, or a folder whose content is recorded
@@ -235,7 +244,7 @@ def log_file(
     else:
         run.client.log_artifact(run.run_id, str(path), folder)
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-31
+# %% ../nbs/03_tracking.ipynb #03-tracking-32
 def log_figure(
     run: Run,
     figure: Any,  # matplotlib figure
@@ -244,7 +253,7 @@ def log_figure(
     "Record a figure as artefact."
     run.client.log_figure(run.run_id, figure, f"figures/{name}")
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-32
+# %% ../nbs/03_tracking.ipynb #03-tracking-33
 def log_table(
     run: Run,
     rows: Any,  # pandas DataFrame
@@ -256,7 +265,7 @@ def log_table(
         rows.to_parquet(path, index=False)
         log_file(run, path, "tables")
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-33
+# %% ../nbs/03_tracking.ipynb #03-tracking-34
 def read_artifact(
     tracking: Tracking,
     run_id: str,  # MLflow run
@@ -275,7 +284,7 @@ def read_artifact(
     except (MlflowException, OSError) as error:
         raise WorkbenchError(f"run {run_id} has no artefact {name!r}: {str(error).splitlines()[0]}") from None
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-34
+# %% ../nbs/03_tracking.ipynb #03-tracking-35
 def read_history(
     tracking: Tracking,
     run_id: str,  # MLflow run
@@ -287,7 +296,7 @@ def read_history(
     frame = pd.DataFrame({name: pd.Series(curve, dtype=float) for name, curve in curves.items() if curve})
     return frame.rename_axis("step").reset_index()
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-37
+# %% ../nbs/03_tracking.ipynb #03-tracking-38
 def log_model(
     run: Run,
     name: str,  # of the logged model
@@ -316,7 +325,7 @@ def log_model(
     )
     return info.model_uri
 
-# %% ../nbs/03_tracking.ipynb #03-tracking-39
+# %% ../nbs/03_tracking.ipynb #03-tracking-40
 def ui_command(
     tracking: Tracking,
     host: str = "127.0.0.1",  # address to listen on

@@ -11,7 +11,7 @@ import pytest
 from mlops_workbench import cookbook, kitchen, planner
 from mlops_workbench.core import WorkbenchError, new_id
 from mlops_workbench.events import Event, write_events
-from mlops_workbench.store import read_table, temporary_store
+from mlops_workbench.store import Store, read_table
 from mlops_workbench.task import Choice, LanguageTask
 
 task = planner.task
@@ -35,8 +35,9 @@ def random_contexts(n, seed=0):
 
 
 @pytest.fixture(scope="module")
-def store():
-    with temporary_store() as opened:
+def store(server):
+    with server.database() as url:
+        opened = Store(url)
         task.write_history(opened, None, SOURCE, N, SEED)
         yield opened
 
