@@ -86,6 +86,9 @@ def _summary(
     lines = [f"run {run['run_id']} {run['status']}"]
     if "verdict" in outputs:
         lines += [f"verdict: {outputs['verdict']}", *(f"  - {reason}" for reason in outputs.get("reasons", ()))]
+        lines += ["candidate minus the untuned base:", *(f"  - {line}" for line in outputs.get("over_untuned", ()))]
+        free = outputs.get("free", {}).get("free_allowed")
+        lines += [f"the model alone, no mask and no fallback: {free:.1%} of rows break no constraint"] if free is not None else []
     if "policy" in outputs:
         lines.append(f"in production: {outputs['policy']}")
     return "\n".join(lines)
@@ -139,7 +142,8 @@ def show(
     print(as_table(stages, ["name", "status", "seconds", "mlflow_run_id", "notebook"]))
     for stage in found[0]["stages"]:
         for name, value in (stage["outputs"] or {}).items():
-            print(f"{stage['name']}.{name} = {value}")
+            if isinstance(value, str | int | float):
+                print(f"{stage['name']}.{name} = {value}")
         if stage["error"]:
             print(f"{stage['name']}: {stage['error']}")
 

@@ -91,6 +91,11 @@ def check_readme(
         raise WorkbenchError("README.md is not what nbs/index.ipynb says: run 'python -m mlops_workbench.docs readme'")
 
 # %% ../nbs/64_docs.ipynb #64-docs-17
+_NOWHERE = re.compile(r"\[source\]\(/blob/[^)]*\)(\{[^}]*\})?")  # a link into a repository without a name
+_SIGNATURE = re.compile(r"^```python\n(?:def|class) .*?^```", re.M | re.S)
+_MODULE = re.compile(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])")  # what stands before a class's name
+
+
 class NbdevSite(Site):
     "Site with nbdev's page names and with its absolute symbol links made relative."
 
@@ -102,7 +107,7 @@ class NbdevSite(Site):
     ) -> Page:
         "Read a page and give it the name that nbdev chose, such as core.html for 00_core.ipynb."
         page = super().read(src)
-        page.body = re.sub(r"<a [^>]*href=\"/?/?blob/[^>]*>source</a>|\[source\]\(/?/?blob/[^)]*\)\{[^}]*\}", "", page.body)
+        page.body = _SIGNATURE.sub(lambda found: _MODULE.sub("", found.group()), _NOWHERE.sub("", page.body))
         if name := page.front.get("output-file"):
             page.out = page.out.with_name(name)
         return page
@@ -122,9 +127,9 @@ class NbdevSite(Site):
         record: bool = True,  # whether a broken link is noted
     ) -> str:
         "Write a link relative to its page."
-        if self.base != "/" and href.startswith(self.base):
+        if href.startswith(self.base):
             href = "/" + href.removeprefix(self.base)
-        return super().resolve(re.sub("^//+(?=[a-z_]+\\.html)", "/", href), page, record)
+        return super().resolve(href, page, record)
 
 # %% ../nbs/64_docs.ipynb #64-docs-19
 def broken_anchors(

@@ -9,6 +9,7 @@ __all__ = ['Stage', 'Pipeline', 'pipeline_file', 'read_pipeline', 'notebook_para
 
 # %% ../nbs/60_pipeline.ipynb #60-pipeline-03
 import json
+import logging
 import os
 import signal
 import sys
@@ -308,6 +309,7 @@ def _execute(
     sys.modules.setdefault("rfc3987_syntax", None)  # compiles a grammar for a second that nothing here needs
     import papermill
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of annotations that only our check understands
     outputs = executed.with_suffix(".outputs.json")
     variables = {
         "WORKBENCH_ROOT": str(session.settings.root),
@@ -320,7 +322,12 @@ def _execute(
     }
     with _variables(**variables), _kernels_die():
         papermill.execute_notebook(
-            stage.notebook, executed, dict(parameters), cwd=executed.parent, progress_bar=False, log_output=False
+            stage.notebook,
+            executed,
+            dict(parameters),
+            cwd=executed.parent,
+            progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its TCP warning comes with every local kernel
         )
     if not outputs.is_file():
         raise WorkbenchError(f"stage {stage.name!r} recorded no outputs: its last cell must call record_outputs")

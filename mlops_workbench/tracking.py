@@ -307,23 +307,31 @@ def log_model(
 ) -> str:  # URI 'models:/m-…' of the logged model
     "Record a model folder as an MLflow model."
     import mlflow.pyfunc
+    from mlflow.entities import LoggedModelStatus
     from mlflow.models import Model
     from mlflow.models.signature import ModelSignature
     from mlflow.types.schema import ColSpec, Schema
 
-    signature = ModelSignature(Schema([ColSpec("string", "context")]), Schema([ColSpec("string", "answer")]))
-    info = Model.log(
-        None,
-        mlflow.pyfunc,
-        name=name,
-        run_id=run.run_id,
-        metadata=dict(metadata),
-        loader_module=loader_module,
-        data_path=str(folder),
-        pip_requirements=list(requirements),
-        signature=signature,
-    )
-    return info.model_uri
+    # without an id of its own the model would go to MLflow's default experiment, below the working folder
+    experiment = run.client.get_run(run.run_id).info.experiment_id
+    logged = run.client.create_logged_model(experiment, name, source_run_id=run.run_id)
+    status = LoggedModelStatus.FAILED
+    try:
+        Model.log(
+            None,
+            mlflow.pyfunc,
+            run_id=run.run_id,
+            model_id=logged.model_id,
+            metadata=dict(metadata),
+            loader_module=loader_module,
+            data_path=str(folder),
+            pip_requirements=list(requirements),
+            signature=ModelSignature(Schema([ColSpec("string", "context")]), Schema([ColSpec("string", "answer")])),
+        )
+        status = LoggedModelStatus.READY
+    finally:
+        run.client.finalize_logged_model(logged.model_id, status)
+    return f"models:/{logged.model_id}"
 
 # %% ../nbs/03_tracking.ipynb #03-tracking-40
 def ui_command(

@@ -178,7 +178,7 @@ def _plan_language(
     dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     return TrainingPlan(task, options, base, *rows, dtype)
 
-# %% ../nbs/22_training.ipynb #22-training-24
+# %% ../nbs/22_training.ipynb #22-training-25
 class Progress:
     "Keep the losses of a run, pass them on, and print a few."
 
@@ -209,7 +209,7 @@ class Progress:
         rows = [{"step": step} | values for step, values in sorted(self.rows.items())]
         return pd.DataFrame(rows, columns=["step", "loss", "validation_loss"])
 
-# %% ../nbs/22_training.ipynb #22-training-25
+# %% ../nbs/22_training.ipynb #22-training-26
 def _listener(
     progress: Progress,
 ) -> Any:  # TrainerCallback
@@ -230,7 +230,7 @@ def _listener(
 
     return Listener()
 
-# %% ../nbs/22_training.ipynb #22-training-27
+# %% ../nbs/22_training.ipynb #22-training-28
 def _prepare_model(
     plan: TrainingPlan,
 ) -> Any:  # model of transformers or peft
@@ -255,7 +255,7 @@ def _prepare_model(
     size = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **size))
 
-# %% ../nbs/22_training.ipynb #22-training-28
+# %% ../nbs/22_training.ipynb #22-training-29
 def collate(
     rows: Sequence[Mapping[str, Sequence[int]]],  # encoded
     padding: int = 0,  # any token: it is masked
@@ -271,7 +271,7 @@ def collate(
     mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
     return {"input_ids": fill("input_ids", padding), "labels": fill("labels", -100), "attention_mask": mask}
 
-# %% ../nbs/22_training.ipynb #22-training-29
+# %% ../nbs/22_training.ipynb #22-training-30
 def _arguments(
     plan: TrainingPlan,
     folder: Path,  # for checkpoints
@@ -293,7 +293,7 @@ def _arguments(
     quietly = {"report_to": "none", "disable_tqdm": True, "logging_steps": max(1, o.evaluate_every // 4)}
     return TrainingArguments(output_dir=str(folder), **pace, **rows, **same, **device, **looks, **quietly)
 
-# %% ../nbs/22_training.ipynb #22-training-30
+# %% ../nbs/22_training.ipynb #22-training-31
 def _tune(
     plan: TrainingPlan,
     folder: Path,  # for checkpoints, which do not outlive the call
@@ -313,7 +313,7 @@ def _tune(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainer.model, {"n_steps": float(trainer.state.global_step), "n_trained_parameters": float(trained)}
 
-# %% ../nbs/22_training.ipynb #22-training-31
+# %% ../nbs/22_training.ipynb #22-training-32
 def _fit_task(
     plan: TrainingPlan,
     progress: Progress,
@@ -326,7 +326,7 @@ def _fit_task(
     model = plan.task.fit(plan.train, plan.validation, FitOptions(**chosen), progress)
     return model, {"n_steps": float(max(progress.rows, default=0))}
 
-# %% ../nbs/22_training.ipynb #22-training-33
+# %% ../nbs/22_training.ipynb #22-training-34
 @contextmanager
 def written_whole(
     folder: Path,  # where the result will be
@@ -347,7 +347,7 @@ def written_whole(
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
 
-# %% ../nbs/22_training.ipynb #22-training-34
+# %% ../nbs/22_training.ipynb #22-training-35
 @dataclass(frozen=True)
 class TrainingResult:
     "What a training run left behind."
@@ -363,7 +363,7 @@ class TrainingResult:
         rows = "\n".join(f"| {name} | {value:,.4g} |" for name, value in self.metrics.items() if name != "cpu_seconds")
         return f"| model `{self.digest[:12]}` | |\n|---|---|\n{rows}"
 
-# %% ../nbs/22_training.ipynb #22-training-35
+# %% ../nbs/22_training.ipynb #22-training-36
 def _losses(
     history: pd.DataFrame,  # step, loss, validation_loss
 ) -> dict[str, float]:
@@ -375,7 +375,7 @@ def _losses(
     found = {"validation_loss": best["validation_loss"], "validation_loss_start": looks["validation_loss"].iloc[0]}
     return {name: float(value) for name, value in (found | {"best_step": best["step"]}).items()}
 
-# %% ../nbs/22_training.ipynb #22-training-36
+# %% ../nbs/22_training.ipynb #22-training-37
 def train(
     plan: TrainingPlan,
     folder: Path | str,  # the model folder, made by this
@@ -391,7 +391,7 @@ def train(
     counted |= _losses(progress.history) | {"cpu_seconds": time.process_time() - start_cpu_s}
     return TrainingResult(folder, digest_folder(folder), progress.history, time.perf_counter() - start_s, counted)
 
-# %% ../nbs/22_training.ipynb #22-training-39
+# %% ../nbs/22_training.ipynb #22-training-40
 def plot_loss(
     history: pd.DataFrame,  # step, loss, validation_loss
 ) -> Any:  # matplotlib figure

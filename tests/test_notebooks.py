@@ -150,6 +150,9 @@ def text_offences(source):
     wrong += ["a closing nbdev_export cell"] * ("nbdev_export(" in source)
     statements = [s for s in ast.parse(python(source)).body if not is_text(s)]
     kinds = {is_import(s) for s in statements}
+    wrong += ["an annotation that names nothing (F821): the page of the function cannot be made"] * (
+        "noqa: F821" in source
+    )
     return wrong + ["imports and work in one cell"] * (kinds == {True, False})
 
 
@@ -257,7 +260,11 @@ def stages(path):
     "Read the stages of a parameter file: name → (notebook, keys given, keys needed)."
     content = yaml.safe_load(path.read_text())["stages"]
     return {
-        stage: (body.get("notebook", f"nbs/pipelines/{stage}.ipynb"), sorted(body.get("parameters") or {}), sorted(body.get("needs") or {}))
+        stage: (
+            body.get("notebook", f"nbs/pipelines/{stage}.ipynb"),
+            sorted(body.get("parameters") or {}),
+            sorted(body.get("needs") or {}),
+        )
         for stage, body in content.items()
     }
 
