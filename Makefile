@@ -48,4 +48,4 @@ clean:
 	@if [ -d .workbench ] && [ -x $(BIN)/workbench ]; then \
 		env -u WORKBENCH_DATABASE_URL -u WORKBENCH_HOME WORKBENCH_ENVIRONMENT=local $(BIN)/workbench db down; fi
 	@rm -rf .workbench _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .ruff_cache .hypothesis
-	@find . -name $(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+	@find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

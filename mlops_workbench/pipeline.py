@@ -113,7 +113,7 @@ def read_pipeline(
         body = _check_keys(f"{where}: stage {stage!r}", body, ("notebook", "needs", "when", "parameters"))
         notebook = root / body.get("notebook", f"nbs/pipelines/{stage}.ipynb")
         given = dict(body.get("parameters") or {})
-        stages.append(Stage(stage, notebook, given, body.get("needs") or {}, body.get("when", "")))
+        stages.append(Stage(stage, notebook, given, dict(body.get("needs") or {}), body.get("when", "")))
     pipeline = Pipeline(name, profile, content["task"], tuple(stages))
     for override in overrides:
         _override(pipeline, override)
@@ -134,7 +134,9 @@ def _override(
         value = float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
     except ValueError:
         pass
-    pipeline.stages[pipeline.position(stage)].parameters[parameter] = value
+    chosen = pipeline.stages[pipeline.position(stage)]
+    chosen.parameters[parameter] = value
+    chosen.needs.pop(parameter, None)  # a value given by hand wins over the flow
 
 # %% ../nbs/60_pipeline.ipynb #60-pipeline-13
 def notebook_parameters(
@@ -171,6 +173,8 @@ def check_pipeline(
         for parameter, source in [*stage.needs.items(), *([("when", stage.when)] if stage.when else [])]:
             if parameter != "when" and parameter not in {p.name for p in known}:
                 raise ValueError(f"{where} has no parameter {parameter!r}: {nearest(parameter, (p.name for p in known))}")
+            if parameter in values:
+                raise ValueError(f"{where}: {parameter!r} is among its parameters and its needs: keep one of them")
             if source.split(".")[0] not in outputs or "." not in source:
                 raise ValueError(f"{where} needs {source!r}: write 'stage.output' of an earlier stage")
         outputs.add(stage.name)
@@ -327,7 +331,7 @@ def _execute(
             dict(parameters),
             cwd=executed.parent,
             progress_bar=False,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its TCP warning comes with every local kernel
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it warns of TCP at each start, and of each interrupt
         )
     if not outputs.is_file():
         raise WorkbenchError(f"stage {stage.name!r} recorded no outputs: its last cell must call record_outputs")

@@ -14,18 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from .artifact import written_whole
 from .base import Base, quiet, read_base
 from .model import Encoder
-from .training import Progress, collate, written_whole
+from .training import Progress, collate
 
 # %% ../nbs/25_pretraining.ipynb #25-pretraining-06
 @dataclass(frozen=True)
 class BasePlan:
     "How a base is made."
 
-    steps: int = 600  # optimiser steps
+    steps: int = 800  # optimiser steps
     seed: int = 0  # of everything random
-    n_examples: int = 40_000  # generic examples
+    n_examples: int = 100_000  # generic examples
     batch_size: int = 128  # rows a step
     vocabulary: int = 768  # tokens at most
     hidden: int = 128  # width of the model
@@ -116,7 +117,7 @@ def _pretrain(
 def build_base(
     task: Any,  # LanguageTask with `generic_examples(n, seed)` → contexts and answers
     folder: Path | str,  # made by this; its name is the base's
-    plan: BasePlan = BasePlan(),  # sizes, steps and seed; the defaults made the shipped base
+    plan: BasePlan = BasePlan(),  # steps, seed and sizes; the defaults made the shipped base
     report: Callable[[int, dict[str, float]], None] | None = None,  # called with step and loss
 ) -> Base:
     "Pretrain a small base on what anybody may know."

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['TrainingOptions', 'check_options', 'shuffle_targets', 'encode_examples', 'TrainingPlan', 'plan_training', 'Progress',
-           'collate', 'written_whole', 'TrainingResult', 'train', 'plot_loss']
+           'collate', 'TrainingResult', 'train', 'plot_loss']
 
 # %% ../nbs/22_training.ipynb #22-training-03
 import json
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +19,10 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from .base import Base, quiet, resolve_base
-from .core import WorkbenchError, digest_folder
-from .model import Encoder, describe_model, nf4_config, save_model
+from .artifact import describe_model, save_model, written_whole
+from .base import Base, device, nf4_config, quiet, resolve_base
+from .core import digest_folder
+from .model import Encoder
 from .settings import Settings
 from .task import FitOptions
 
@@ -69,7 +68,7 @@ def check_options(
 # %% ../nbs/22_training.ipynb #22-training-13
 def shuffle_targets(
     examples: pd.DataFrame,  # rows of a dataset
-    seed: int,
+    seed: int,  # of the permutation
 ) -> pd.DataFrame:  # the same rows; action, propensity and outcome belong to another context
     "Break the link between contexts and what happened."
     order = np.random.default_rng(seed).permutation(len(examples))
@@ -100,7 +99,7 @@ class TrainingPlan:
 
     task: Any = field(repr=False)  # LanguageTask or FittedTask
     options: TrainingOptions
-    base: Base | None  # None for a model of the task's own
+    base: Base | None = field(repr=False)  # None for a model of the task's own
     train: Any = field(repr=False)  # encoded rows, or the table itself for a model of the task's own
     validation: Any = field(repr=False)  # likewise
     dtype: str = "float32"  # number format of arithmetic and of the answers
@@ -168,14 +167,13 @@ def _plan_language(
     validation: pd.DataFrame,
 ) -> TrainingPlan:
     "Plan the tuning of a language model."
-    import torch
     from transformers import AutoTokenizer
 
     quiet()
     encoder = Encoder(AutoTokenizer.from_pretrained(base.path))
     rows = [encode_examples(task, frame, encoder) for frame in (train, validation)]
     _check_lengths(rows[0] + rows[1], base)
-    dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    dtype = "bfloat16" if device() == "cuda" else "float32"
     return TrainingPlan(task, options, base, *rows, dtype)
 
 # %% ../nbs/22_training.ipynb #22-training-25
@@ -243,8 +241,7 @@ def _prepare_model(
     set_seed(plan.options.seed)
     options = {"dtype": torch.float32}
     if plan.options.method == "qlora":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        options |= {"quantization_config": nf4_config(plan.dtype), "device_map": device}
+        options |= {"quantization_config": nf4_config(plan.dtype), "device_map": device()}
     model = AutoModelForCausalLM.from_pretrained(plan.base.path, **options)
     model.config.use_cache = False
     if plan.options.method == "full":
@@ -277,21 +274,20 @@ def _arguments(
     folder: Path,  # for checkpoints
 ) -> Any:  # TrainingArguments
     "Say in the Trainer's words how a plan is run."
-    import torch
     from transformers import TrainingArguments
 
-    o, cuda = plan.options, torch.cuda.is_available()
+    o, cuda = plan.options, device() == "cuda"
     pace = {"max_steps": o.max_steps, "learning_rate": o.learning_rate, "warmup_steps": max(1, o.max_steps // 20)}
     pace |= {"lr_scheduler_type": "linear", "optim": "adamw_torch", "adam_beta2": 0.98, "weight_decay": 0.0}
     rows = {"per_device_train_batch_size": o.batch_size, "per_device_eval_batch_size": 128}
     rows |= {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
     same = {"seed": o.seed, "data_seed": o.seed, "full_determinism": cuda}
-    device = {"use_cpu": not cuda, "bf16": plan.dtype == "bfloat16", "dataloader_pin_memory": cuda}
-    looks = {"eval_strategy": "steps", "eval_steps": o.evaluate_every, "eval_on_start": True}
+    where = {"use_cpu": not cuda, "bf16": plan.dtype == "bfloat16", "dataloader_pin_memory": cuda}
+    looks = {"eval_strategy": "steps", "eval_steps": o.evaluate_every}
     looks |= {"save_strategy": "steps", "save_steps": o.evaluate_every, "save_total_limit": 1, "save_only_model": True}
     looks |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     quietly = {"report_to": "none", "disable_tqdm": True, "logging_steps": max(1, o.evaluate_every // 4)}
-    return TrainingArguments(output_dir=str(folder), **pace, **rows, **same, **device, **looks, **quietly)
+    return TrainingArguments(output_dir=str(folder), **pace, **rows, **same, **where, **looks, **quietly)
 
 # %% ../nbs/22_training.ipynb #22-training-31
 def _tune(
@@ -301,13 +297,14 @@ def _tune(
 ) -> tuple[Any, dict[str, float]]:  # the best model and what was counted
     "Tune a language model."
     from transformers import EarlyStoppingCallback, Trainer
+    from transformers.trainer_callback import PrinterCallback
 
     model, rows = _prepare_model(plan), {"train_dataset": plan.train, "eval_dataset": plan.validation}
     listeners = [_listener(progress)]
     listeners += [EarlyStoppingCallback(plan.options.patience)] if plan.options.patience else []
     trainer = Trainer(model, _arguments(plan, folder), data_collator=collate, callbacks=listeners, **rows)
-    for listener in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
-        trainer.remove_callback(listener)
+    trainer.remove_callback(PrinterCallback)
+    trainer.evaluate()  # the untuned base: where the curve begins, not a model that could be kept
     trainer.train()
     shutil.rmtree(folder, ignore_errors=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -327,32 +324,11 @@ def _fit_task(
     return model, {"n_steps": float(max(progress.rows, default=0))}
 
 # %% ../nbs/22_training.ipynb #22-training-34
-@contextmanager
-def written_whole(
-    folder: Path,  # where the result will be
-) -> Iterator[Path]:  # a workspace, in which `model` is to be made
-    "Give a workspace whose `model` takes its place only if nothing fails."
-    if folder.exists():
-        raise WorkbenchError(f"{folder} exists: a model is never overwritten, so choose another folder or remove it")
-    workspace = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(workspace, ignore_errors=True)
-    try:
-        workspace.mkdir(parents=True)
-        yield workspace
-        os.replace(workspace / "model", folder)
-    except Exception as error:
-        if getattr(error, "errno", None) in (28, 122) or "No space left" in str(error):
-            raise WorkbenchError(f"no space left for the model in {folder.parent}: free some and train again") from None
-        raise
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-
-# %% ../nbs/22_training.ipynb #22-training-35
 @dataclass(frozen=True)
 class TrainingResult:
     "What a training run left behind."
 
-    folder: Path  # the model folder
+    folder: Path = field(repr=False)  # the model folder
     digest: str  # of the folder: equal plans on one machine give equal digests
     history: pd.DataFrame = field(repr=False)  # step, loss, validation_loss
     seconds: float  # wall time
@@ -363,19 +339,18 @@ class TrainingResult:
         rows = "\n".join(f"| {name} | {value:,.4g} |" for name, value in self.metrics.items() if name != "cpu_seconds")
         return f"| model `{self.digest[:12]}` | |\n|---|---|\n{rows}"
 
-# %% ../nbs/22_training.ipynb #22-training-36
+# %% ../nbs/22_training.ipynb #22-training-35
 def _losses(
     history: pd.DataFrame,  # step, loss, validation_loss
 ) -> dict[str, float]:
     "Sum up a history."
-    looks = history.dropna(subset="validation_loss")
-    if not len(looks):
-        return {}
-    best = looks.loc[looks["validation_loss"].idxmin()]
-    found = {"validation_loss": best["validation_loss"], "validation_loss_start": looks["validation_loss"].iloc[0]}
-    return {name: float(value) for name, value in (found | {"best_step": best["step"]}).items()}
+    looks = history.dropna(subset="validation_loss").set_index("step")["validation_loss"]
+    start, later = looks[looks.index == 0], looks[looks.index > 0]
+    found = {"validation_loss": later.min(), "best_step": later.idxmin()} if len(later) else {}
+    found |= {"validation_loss_start": start.iloc[0]} if len(start) else {}
+    return {name: float(value) for name, value in found.items()}
 
-# %% ../nbs/22_training.ipynb #22-training-37
+# %% ../nbs/22_training.ipynb #22-training-36
 def train(
     plan: TrainingPlan,
     folder: Path | str,  # the model folder, made by this
@@ -391,14 +366,14 @@ def train(
     counted |= _losses(progress.history) | {"cpu_seconds": time.process_time() - start_cpu_s}
     return TrainingResult(folder, digest_folder(folder), progress.history, time.perf_counter() - start_s, counted)
 
-# %% ../nbs/22_training.ipynb #22-training-40
+# %% ../nbs/22_training.ipynb #22-training-39
 def plot_loss(
     history: pd.DataFrame,  # step, loss, validation_loss
 ) -> Any:  # matplotlib figure
     "Draw the losses of a run."
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(6, 3), dpi=80, layout="constrained")
     axes = figure.subplots()
     for name, style in (("loss", "-"), ("validation_loss", "o--")):
         measured = history.dropna(subset=name)

@@ -68,7 +68,7 @@ def test_every_row_is_what_was_known_then(store):
 
 def test_one_row_is_the_same_as_many(store):
     write_events(store, make_events())
-    spine = make_spine(25)
+    spine = make_spine(12)
     together = compute_features(store, HISTORY, spine)
     alone = pd.concat([compute_features(store, HISTORY, spine.iloc[[i]]) for i in range(len(spine))], ignore_index=True)
     pd.testing.assert_frame_equal(together.astype({"n": float}), alone.astype({"n": float}), check_dtype=False)
@@ -76,7 +76,7 @@ def test_one_row_is_the_same_as_many(store):
 
 def test_the_future_changes_nothing(store):
     "Writing the log piece by piece, as it arrived, gives at each time what the whole log gives for that time."
-    events, spine = sorted(make_events(400), key=lambda e: e.received_at), make_spine(60)
+    events, spine = sorted(make_events(400), key=lambda e: e.received_at), make_spine(20)
     answered, written = [], 0
     for _, question in spine.sort_values("as_of").iterrows():
         known = [e for e in events[written:] if e.received_at <= question["as_of"]]
