@@ -599,6 +599,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'mlops_workbench.training._check_lengths': ( 'training.html#_check_lengths',
                                                                                        'mlops_workbench/training.py'),
                                           'mlops_workbench.training._fit_task': ('training.html#_fit_task', 'mlops_workbench/training.py'),
+                                          'mlops_workbench.training._keep_gradients': ( 'training.html#_keep_gradients',
+                                                                                        'mlops_workbench/training.py'),
                                           'mlops_workbench.training._listener': ('training.html#_listener', 'mlops_workbench/training.py'),
                                           'mlops_workbench.training._losses': ('training.html#_losses', 'mlops_workbench/training.py'),
                                           'mlops_workbench.training._plan_language': ( 'training.html#_plan_language',

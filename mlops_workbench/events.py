@@ -53,7 +53,9 @@ def _time_fault(
             return f"{name} is {value!r}: pass an aware datetime"
     known = event.received_at or now
     if event.event_at > known + MAX_AHEAD:
-        return f"event_at {event.event_at.isoformat()} is more than a day after {known.isoformat()}, when it was received"
+        return (
+            f"event_at {event.event_at.isoformat()} is more than a day after {known.isoformat()}, when it was received"
+        )
     return None
 
 

@@ -28,7 +28,8 @@ class FeatureSet:
                 raise ValueError(f"feature set {self.name!r} never mentions {word}: use what was known at spine.as_of")
 
 # %% ../nbs/11_features.ipynb #11-features-10
-_SQL_TYPES = {"b": "boolean", "i": "bigint", "u": "bigint", "f": "double precision", "M": "timestamptz"}  # dtype.kind → type
+# kind of a column's dtype → type in SQL; anything else travels as text
+_SQL_TYPES = {"b": "boolean", "i": "bigint", "u": "bigint", "f": "double precision", "M": "timestamptz"}
 
 
 def _spine_columns(
@@ -40,7 +41,9 @@ def _spine_columns(
     if not isinstance(spine["as_of"].dtype, pd.DatetimeTZDtype) or spine["as_of"].isna().any():
         raise ValueError(f"as_of is {spine['as_of'].dtype}: pass aware times, none missing")
     if not spine["row_id"].is_unique:
-        raise ValueError(f"row_id {spine['row_id'][spine['row_id'].duplicated()].iloc[0]!r} comes twice: number the rows")
+        raise ValueError(
+            f"row_id {spine['row_id'][spine['row_id'].duplicated()].iloc[0]!r} comes twice: number the rows"
+        )
     kinds = {name: _SQL_TYPES.get(dtype.kind, "text") for name, dtype in spine.dtypes.items()}
     return ", ".join(f'"{name}" {kind}' for name, kind in kinds.items())
 
@@ -57,9 +60,13 @@ def compute_features(
     found = read_table(store, text, [as_json])
     wanted = ["row_id", *feature_set.columns]
     if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f"feature set {feature_set.name!r} returns no {', '.join(missing)}: name its columns in the query")
+        raise ValueError(
+            f"feature set {feature_set.name!r} returns no {', '.join(missing)}: name its columns in the query"
+        )
     wrong = found["row_id"].value_counts().reindex(spine["row_id"], fill_value=0)
     if (wrong != 1).any() or len(found) != len(spine):
         row_id, n = wrong[wrong != 1].index[0], int(wrong[wrong != 1].iloc[0])
-        raise ValueError(f"feature set {feature_set.name!r} returns {n} rows for row_id {row_id!r}: return one per spine row")
+        raise ValueError(
+            f"feature set {feature_set.name!r} returns {n} rows for row_id {row_id!r}: return one per spine row"
+        )
     return found.set_index("row_id").loc[spine["row_id"], list(feature_set.columns)].reset_index()

@@ -65,8 +65,8 @@ def append_entry(
         )[0]
         now = utc_now()
         entry = Entry(
-            last[0]["seq"] + 1 if last else 1, now, as_utc(held_from or now), actor, action, kept["subject"], kept["evidence"],
-            last[0]["digest"] if last else BEGINNING,
+            last[0]["seq"] + 1 if last else 1, now, as_utc(held_from or now), actor, action,
+            kept["subject"], kept["evidence"], last[0]["digest"] if last else BEGINNING,
         )  # fmt: skip
         values = vars(entry) | {"digest": entry_digest(entry)}
         row = {name: as_json(value) for name, value in values.items()}

@@ -112,7 +112,9 @@ def _run(
         output.seek(0)
         said = [line.strip() for line in output.read().splitlines() if line.strip()]
     if result.returncode:
-        raise WorkbenchError(f"{program} failed: {' '.join(said[:2]) or result.returncode}: set WORKBENCH_DATABASE_URL to use another server")
+        raise WorkbenchError(
+            f"{program} failed: {' '.join(said[:2]) or result.returncode}: set WORKBENCH_DATABASE_URL to use another server"
+        )
 
 # %% ../nbs/02_store.ipynb #02-store-11
 @contextmanager
@@ -169,14 +171,15 @@ def _initialise(
         written = int((data / "PG_VERSION").read_text())
         if written != installed:
             raise WorkbenchError(
-                f"{data} was written by PostgreSQL {written}, the installed programs are {installed}: install {written} "
-                "again (WORKBENCH_PG_BIN), or dump with it and restore into an empty home"
+                f"{data} was written by PostgreSQL {written}, the installed programs are {installed}: install "
+                f"{written} again (WORKBENCH_PG_BIN), or dump with it and restore into an empty home"
             )
         return
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(mode=0o700)
     _own(new)
-    words = "-U postgres -A trust -E UTF8 --locale=C --no-instructions".split() + ([] if durable else ["--no-sync"])
+    words = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-instructions"]
+    words += [] if durable else ["--no-sync"]
     if installed >= 17:
         words += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     _run(home, "initdb", "-D", new, *words)
@@ -222,7 +225,9 @@ def _is_ready(
             s.connect(f"{note[4]}/.s.PGSQL.{_PORT}")
         except OSError:
             return False
-    return subprocess.run([_programs() / "pg_isready", "-q", "-h", note[4], "-p", str(_PORT), "-t", "5"]).returncode == 0
+    return (
+        subprocess.run([_programs() / "pg_isready", "-q", "-h", note[4], "-p", str(_PORT), "-t", "5"]).returncode == 0
+    )
 
 # %% ../nbs/02_store.ipynb #02-store-17
 def _socket_folder(
@@ -261,7 +266,21 @@ def _start(
         _forget_dead(home)
         options = f"-c unix_socket_directories='{_socket_folder(home)}'"
         try:
-            _run(home, "pg_ctl", "-D", data, "-w", "-t", _START_S, "-s", "-l", data / "server.log", "-o", options, "start")
+            _run(
+                home,
+                "pg_ctl",
+                "-D",
+                data,
+                "-w",
+                "-t",
+                _START_S,
+                "-s",
+                "-l",
+                data / "server.log",
+                "-o",
+                options,
+                "start",
+            )
         except WorkbenchError as error:
             log = (data / "server.log").read_text(errors="replace") if (data / "server.log").exists() else ""
             fatal = [line.partition("FATAL:")[2].strip() for line in log.splitlines() if "FATAL:" in line][-1:]
@@ -410,7 +429,9 @@ def _told(
     "Put what a person can mend into one line."
     said = " ".join(str(error).split()).removeprefix("connection failed: ")
     if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
-        return WorkbenchError(f"database {_place(url)} is read-only: connect to the primary, with a role that may write")
+        return WorkbenchError(
+            f"database {_place(url)} is read-only: connect to the primary, with a role that may write"
+        )
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
         return WorkbenchError(f"database {_place(url)} refuses: {said}: grant it to the role, or use another role")
     if isinstance(error, psycopg.errors.DiskFull):
@@ -418,7 +439,9 @@ def _told(
     # 08 connection, 28 login, 3D no such database, 53 resources, 57P shut down; a lost connection has no state
     unreachable = re.match("08|28|3D|53|57P", error.sqlstate or "08")
     if isinstance(error, psycopg.OperationalError) and unreachable:
-        return WorkbenchError(f"database {_place(url)} is not reachable: {said}: start it, or check WORKBENCH_DATABASE_URL")
+        return WorkbenchError(
+            f"database {_place(url)} is not reachable: {said}: start it, or check WORKBENCH_DATABASE_URL"
+        )
     return error
 
 # %% ../nbs/02_store.ipynb #02-store-29
@@ -503,7 +526,9 @@ def read_migrations(
         if not file.name.endswith(".sql"):
             continue
         if not re.match(r"\d{4}_", file.name) or int(file.name[:4]) in found:
-            raise ValueError(f"migration {file.name!r} has no number of its own: name it like '{len(found) + 1:04d}_name.sql'")
+            raise ValueError(
+                f"migration {file.name!r} has no number of its own: name it like '{len(found) + 1:04d}_name.sql'"
+            )
         number = int(file.name[:4])
         found[number] = Migration(namespace, number, file.name, file.read_text(encoding="utf-8"))
     return list(found.values())
@@ -517,8 +542,8 @@ def choose_migrations(
     known = {m.version: m for m in migrations}
     if ahead := sorted(set(applied) - set(known)):
         raise WorkbenchError(
-            f"the database is newer than this code: it has {applied[ahead[-1]][0]!r} (version {ahead[-1]}), this code knows "
-            f"up to version {max(known, default=0)}: install the mlops_workbench that wrote it"
+            f"the database is newer than this code: it has {applied[ahead[-1]][0]!r} (version {ahead[-1]}), this code "
+            f"knows up to version {max(known, default=0)}: install the mlops_workbench that wrote it"
         )
     for version, (_, sha256) in applied.items():
         if known[version].sha256 != sha256:
@@ -528,7 +553,9 @@ def choose_migrations(
             )
     missing = [m for version, m in sorted(known.items()) if version not in applied]
     if missing and missing[0].version < max(applied, default=0):
-        raise WorkbenchError(f"migration {missing[0].name!r} comes before {max(applied)}, which was applied: give it a higher number")
+        raise WorkbenchError(
+            f"migration {missing[0].name!r} comes before {max(applied)}, which was applied: give it a higher number"
+        )
     return missing
 
 # %% ../nbs/02_store.ipynb #02-store-38
@@ -646,12 +673,16 @@ def copy_rows(
     for i, row in enumerate(rows):
         if row.keys() != rows[0].keys():
             odd = sorted(row.keys() ^ rows[0].keys())
-            raise ValueError(f"row {i} differs from the first in columns {', '.join(odd)}: give every row the same columns")
+            raise ValueError(
+                f"row {i} differs from the first in columns {', '.join(odd)}: give every row the same columns"
+            )
     n = read_rows(connection, "SELECT count(*) AS n FROM pg_class WHERE relnamespace = pg_my_temp_schema()")[0]["n"]
     temporary, names = sqltext.Identifier(f"incoming_{n}"), list(rows[0])
     target = sqltext.Identifier(*table.split("."))
     connection.execute(
-        sqltext.SQL("CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT {} FROM {} WITH NO DATA").format(temporary, columns, target)
+        sqltext.SQL("CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT {} FROM {} WITH NO DATA").format(
+            temporary, columns, target
+        )
     )
     with connection.cursor().copy(sqltext.SQL("COPY {} ({}) FROM STDIN").format(temporary, columns)) as copy:
         for row in rows:

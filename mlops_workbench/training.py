@@ -62,8 +62,9 @@ def check_options(
     if options.evaluate_every > options.max_steps:
         problem = f"evaluate_every is {options.evaluate_every}, more than max_steps {options.max_steps}"
         raise ValueError(f"{problem}: the model would never be validated, so lower it")
-    if options.patience < 0 or options.seed < 0:
-        raise ValueError(f"patience is {options.patience} and seed is {options.seed}: neither can be negative")
+    for name in ("patience", "seed"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name} is {getattr(options, name)}: pass 0 or more")
 
 # %% ../nbs/22_training.ipynb #22-training-13
 def shuffle_targets(
@@ -229,6 +230,15 @@ def _listener(
     return Listener()
 
 # %% ../nbs/22_training.ipynb #22-training-28
+def _keep_gradients(
+    model: Any,  # with four-bit layers
+) -> None:
+    "Keep bitsandbytes from repacking weights for inference while they are trained through."
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+# %% ../nbs/22_training.ipynb #22-training-29
 def _prepare_model(
     plan: TrainingPlan,
 ) -> Any:  # model of transformers or peft
@@ -247,12 +257,13 @@ def _prepare_model(
     if plan.options.method == "full":
         return model
     if plan.options.method == "qlora":
+        _keep_gradients(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     rank = plan.options.rank
     size = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **size))
 
-# %% ../nbs/22_training.ipynb #22-training-29
+# %% ../nbs/22_training.ipynb #22-training-30
 def collate(
     rows: Sequence[Mapping[str, Sequence[int]]],  # encoded
     padding: int = 0,  # any token: it is masked
@@ -268,7 +279,7 @@ def collate(
     mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
     return {"input_ids": fill("input_ids", padding), "labels": fill("labels", -100), "attention_mask": mask}
 
-# %% ../nbs/22_training.ipynb #22-training-30
+# %% ../nbs/22_training.ipynb #22-training-31
 def _arguments(
     plan: TrainingPlan,
     folder: Path,  # for checkpoints
@@ -289,7 +300,7 @@ def _arguments(
     quietly = {"report_to": "none", "disable_tqdm": True, "logging_steps": max(1, o.evaluate_every // 4)}
     return TrainingArguments(output_dir=str(folder), **pace, **rows, **same, **where, **looks, **quietly)
 
-# %% ../nbs/22_training.ipynb #22-training-31
+# %% ../nbs/22_training.ipynb #22-training-32
 def _tune(
     plan: TrainingPlan,
     folder: Path,  # for checkpoints, which do not outlive the call
@@ -310,7 +321,7 @@ def _tune(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainer.model, {"n_steps": float(trainer.state.global_step), "n_trained_parameters": float(trained)}
 
-# %% ../nbs/22_training.ipynb #22-training-32
+# %% ../nbs/22_training.ipynb #22-training-33
 def _fit_task(
     plan: TrainingPlan,
     progress: Progress,
@@ -323,7 +334,7 @@ def _fit_task(
     model = plan.task.fit(plan.train, plan.validation, FitOptions(**chosen), progress)
     return model, {"n_steps": float(max(progress.rows, default=0))}
 
-# %% ../nbs/22_training.ipynb #22-training-34
+# %% ../nbs/22_training.ipynb #22-training-35
 @dataclass(frozen=True)
 class TrainingResult:
     "What a training run left behind."
@@ -339,7 +350,7 @@ class TrainingResult:
         rows = "\n".join(f"| {name} | {value:,.4g} |" for name, value in self.metrics.items() if name != "cpu_seconds")
         return f"| model `{self.digest[:12]}` | |\n|---|---|\n{rows}"
 
-# %% ../nbs/22_training.ipynb #22-training-35
+# %% ../nbs/22_training.ipynb #22-training-36
 def _losses(
     history: pd.DataFrame,  # step, loss, validation_loss
 ) -> dict[str, float]:
@@ -350,7 +361,7 @@ def _losses(
     found |= {"validation_loss_start": start.iloc[0]} if len(start) else {}
     return {name: float(value) for name, value in found.items()}
 
-# %% ../nbs/22_training.ipynb #22-training-36
+# %% ../nbs/22_training.ipynb #22-training-37
 def train(
     plan: TrainingPlan,
     folder: Path | str,  # the model folder, made by this
@@ -366,7 +377,7 @@ def train(
     counted |= _losses(progress.history) | {"cpu_seconds": time.process_time() - start_cpu_s}
     return TrainingResult(folder, digest_folder(folder), progress.history, time.perf_counter() - start_s, counted)
 
-# %% ../nbs/22_training.ipynb #22-training-39
+# %% ../nbs/22_training.ipynb #22-training-40
 def plot_loss(
     history: pd.DataFrame,  # step, loss, validation_loss
 ) -> Any:  # matplotlib figure

@@ -12,7 +12,7 @@ import torch
 
 from mlops_workbench.base import resolve_base
 from mlops_workbench.core import WorkbenchError, digest_folder
-from mlops_workbench.model import load_predictor
+from mlops_workbench.model import base_predictor, load_predictor
 from mlops_workbench.planner import generic_examples
 from mlops_workbench.planner import task as planner
 from mlops_workbench.pretraining import BasePlan, build_base
@@ -24,7 +24,8 @@ QUICK = {"max_steps": 4, "batch_size": 16, "evaluate_every": 2, "rank": 4}
 
 
 def examples(n, seed):
-    pairs = generic_examples(n, seed)
+    "Contexts that somebody answered as the planner's fallback does: in time, which the base has never heard of."
+    pairs = [(context, planner.fallback(context)) for context, _ in generic_examples(n, seed)]
     rows = {
         "example_id": [f"{seed}-{i}" for i in range(n)],
         "context": [json.dumps(context) for context, _ in pairs],
@@ -65,7 +66,7 @@ class Average:
 def trained(request, tmp_path_factory):
     "A model folder of each method, far enough from its base to tell the two apart."
     rank = 0 if request.param == "full" else 4
-    plan = quick_plan(method=request.param, rank=rank, learning_rate=2e-2, max_steps=10, evaluate_every=5)
+    plan = quick_plan(method=request.param, rank=rank, max_steps=16, evaluate_every=8)
     return train(plan, tmp_path_factory.mktemp(request.param) / "model")
 
 
@@ -76,7 +77,8 @@ def logits(predictor):
 
 
 def test_training_learns(trained):
-    assert trained.metrics["validation_loss"] < trained.metrics["validation_loss_start"]
+    assert trained.metrics["validation_loss"] < 0.97 * trained.metrics["validation_loss_start"]
+    assert trained.metrics["best_step"] == 16  # still learning after it was evaluated in between
     assert list(trained.history.columns) == ["step", "loss", "validation_loss"]
     assert trained.history["validation_loss"].notna().sum() == 3
 
@@ -96,9 +98,8 @@ def test_a_model_folder_is_data_without_traces(trained):
 
 def test_loading_twice_gives_one_model_that_is_not_the_base(trained):
     once, again = (load_predictor(trained.folder, planner) for _ in range(2))
-    base = load_predictor(trained.folder, planner)
     assert torch.equal(logits(once), logits(again))
-    assert [a.text for a in once.answer(CONTEXTS)] == [a.text for a in base.answer(CONTEXTS)]
+    assert (logits(once) - logits(base_predictor(planner))).abs().max() > 0.1
 
 
 def test_what_is_served_is_what_was_trained(tmp_path, monkeypatch):
@@ -169,7 +170,7 @@ def test_two_processes_give_the_same_bytes(tmp_path):
         ({"max_steps": 0}, "max_steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"evaluate_every": 5}, "would never be validated"),
-        ({"patience": -1}, "cannot be negative"),
+        ({"patience": -1}, "patience is -1: pass 0 or more"),
     ],
 )
 def test_options_that_are_refused(options, words):
@@ -246,7 +247,7 @@ def test_losses_are_reported_as_they_come(tmp_path, capsys):
 def test_the_last_step_is_judged_and_the_best_one_is_kept(tmp_path):
     result = train(quick_plan(max_steps=5), tmp_path / "model")
     assert result.history.dropna(subset="validation_loss")["step"].tolist() == [0, 2, 4, 5]
-    assert result.metrics["best_step"] == 5
+    assert result.metrics["best_step"] == result.history.set_index("step")["validation_loss"].iloc[1:].idxmin()
     wild = {"max_steps": 40, "learning_rate": 3.0, "patience": 1}
     ruined = train(quick_plan(**wild), tmp_path / "ruined")
     assert ruined.metrics["n_steps"] < 40
