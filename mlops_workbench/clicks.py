@@ -118,9 +118,8 @@ def invent_sample(
     learned = 0.9 * rates / rates.sum() + 0.1 / N_ITEMS
     for policy, chances in (("random", np.full(N_ITEMS, 1 / N_ITEMS)), ("bts", learned)):
         item = rng.choice(N_ITEMS, n_rows, p=chances)
-        times = pd.Timestamp("2019-11-24T00:00:01Z") + pd.to_timedelta(
-            np.arange(n_rows) * 7 * 86_000 / n_rows, unit="s"
-        )
+        start = pd.Timestamp(f"2019-11-24T00:00:0{len(policy)}Z")  # no two decisions at the same moment
+        times = start + pd.to_timedelta(np.round(np.arange(n_rows) * 7 * 86_000 / n_rows), unit="s")
         rows = {"timestamp": times.astype(str), "item_id": item, "position": rng.integers(1, N_POSITIONS + 1, n_rows)}
         rows |= {"click": (rng.random(n_rows) < rates[item]).astype(int), "propensity_score": chances[item]}
         rows |= {f"user_feature_{i}": [f"{v:08x}" for v in rng.integers(0, 3 + 2 * i, n_rows)] for i in range(4)}
@@ -130,6 +129,9 @@ def invent_sample(
     return folder
 
 # %% ../nbs/67_clicks.ipynb #67-clicks-14
+_USER = tuple(f"user_feature_{i}" for i in range(4))
+
+
 def read_sample(
     folder: Path,  # with random.csv and bts.csv
     n_decisions: int,  # in all, half of each policy
@@ -137,7 +139,7 @@ def read_sample(
     "Read decisions of both policies, spread evenly over the week."
     tables = []
     for policy in SAMPLE:
-        rows = pd.read_csv(folder / f"{policy}.csv", index_col=0)
+        rows = pd.read_csv(folder / f"{policy}.csv", index_col=0, dtype=dict.fromkeys(_USER, str))
         if not 2 <= n_decisions <= 2 * len(rows):
             raise ValueError(f"n_decisions is {n_decisions}: the sample holds {2 * len(rows)}, half of each policy")
         rows = rows.iloc[np.linspace(0, len(rows) - 1, n_decisions // 2).astype(int)]
@@ -145,7 +147,7 @@ def read_sample(
         values = rows[[f"user-item_affinity_{i}" for i in range(N_ITEMS)]].to_numpy()
         for row, item in zip(*np.nonzero(values), strict=True):
             affinity[row][str(item)] = float(values[row, item])
-        users = rows[[f"user_feature_{i}" for i in range(4)]].map(lambda text: text[:8]).to_numpy().tolist()
+        users = rows[list(_USER)].map(lambda text: text[:8]).to_numpy().tolist()
         kept = rows[["item_id", "position", "click", "propensity_score"]].assign(policy=policy, number=rows.index)
         kept["shown_at"] = pd.to_datetime(rows["timestamp"], format="ISO8601", utc=True)
         tables.append(kept.assign(user=users, affinity=affinity))
@@ -173,7 +175,7 @@ def write_sample(
     source: str,  # name of the history
     n_decisions: int,  # in all, half of each policy
 ) -> int:  # number of events that were not there
-    "Write decisions of the sample as events; a click counts as seen when the item was shown, the log knows no later time."
+    "Write decisions of the sample as events; a click is dated when the item was shown: no later time is known."
     rows = read_sample(folder, n_decisions).itertuples(index=False)
     events = [event for row in rows for event in _events(row, source)]
     batches = (events[start : start + 10_000] for start in range(0, len(events), 10_000))

@@ -33,7 +33,7 @@ def nearest(
 ) -> str:  # "did you mean …", or the list of what exists
     "Say which existing name was probably meant by `name`."
     names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}" if close else f"choose from {', '.join(names) or 'nothing'}"
 
 # %% ../nbs/00_core.ipynb #00-core-10

@@ -283,6 +283,7 @@ class Planner:
     completion = staticmethod(completion)
     parse = staticmethod(parse)
     score = staticmethod(score)
+    generic_examples = staticmethod(generic_examples)
     write_history = staticmethod(write_history)
     read_examples = staticmethod(read_examples)
 

@@ -113,7 +113,8 @@ def _run(
         said = [line.strip() for line in output.read().splitlines() if line.strip()]
     if result.returncode:
         raise WorkbenchError(
-            f"{program} failed: {' '.join(said[:2]) or result.returncode}: set WORKBENCH_DATABASE_URL to use another server"
+            f"{program} failed: {' '.join(said[:2]) or result.returncode}: "
+            "set WORKBENCH_DATABASE_URL to use another server"
         )
 
 # %% ../nbs/02_store.ipynb #02-store-11
@@ -201,7 +202,7 @@ def _postmaster(
 
 def _forget_dead(
     home: Path,  # local state
-) -> None:
+) -> bool:  # True: no server is there
     "Remove the note of a server that is gone: killed, or its number given to another program."
     note, data = _postmaster(home), home / "postgres" / "data"
     try:
@@ -211,6 +212,7 @@ def _forget_dead(
         alive = False
     if not alive:
         (data / "postmaster.pid").unlink(missing_ok=True)
+    return not alive
 
 # %% ../nbs/02_store.ipynb #02-store-15
 def _is_ready(
@@ -263,24 +265,14 @@ def _start(
     _initialise(home, durable)
     data, deadline = home / "postgres" / "data", time.monotonic() + _START_S
     while not _is_ready(home):
-        _forget_dead(home)
-        options = f"-c unix_socket_directories='{_socket_folder(home)}'"
+        folder = _socket_folder(home)
+        if _forget_dead(home):
+            for left in folder.glob(".s.PGSQL.*"):  # its lock names a process too
+                left.unlink()
+        options = f"-c unix_socket_directories='{folder}'"
         try:
-            _run(
-                home,
-                "pg_ctl",
-                "-D",
-                data,
-                "-w",
-                "-t",
-                _START_S,
-                "-s",
-                "-l",
-                data / "server.log",
-                "-o",
-                options,
-                "start",
-            )
+            words = ["-D", data, "-w", "-t", _START_S, "-s", "-l", data / "server.log", "-o", options]
+            _run(home, "pg_ctl", *words, "start")
         except WorkbenchError as error:
             log = (data / "server.log").read_text(errors="replace") if (data / "server.log").exists() else ""
             fatal = [line.partition("FATAL:")[2].strip() for line in log.splitlines() if "FATAL:" in line][-1:]

@@ -290,7 +290,7 @@ def _arguments(
     o, cuda = plan.options, device() == "cuda"
     pace = {"max_steps": o.max_steps, "learning_rate": o.learning_rate, "warmup_steps": max(1, o.max_steps // 20)}
     pace |= {"lr_scheduler_type": "linear", "optim": "adamw_torch", "adam_beta2": 0.98, "weight_decay": 0.0}
-    rows = {"per_device_train_batch_size": o.batch_size, "per_device_eval_batch_size": 128}
+    rows = {"per_device_train_batch_size": o.batch_size, "per_device_eval_batch_size": o.batch_size}
     rows |= {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
     same = {"seed": o.seed, "data_seed": o.seed, "full_determinism": cuda}
     where = {"use_cpu": not cuda, "bf16": plan.dtype == "bfloat16", "dataloader_pin_memory": cuda}

@@ -22,7 +22,14 @@ ONE = Event("plan_accepted", "household", "h-1", AT, id=stable_id("test", 0), re
 def several(n, **changes):
     step = timedelta(hours=7)
     return [
-        replace(ONE, id=stable_id("test", i), unit_id=f"h-{i % 7}", event_at=AT + i * step, received_at=AT + i * step, **changes)
+        replace(
+            ONE,
+            id=stable_id("test", i),
+            unit_id=f"h-{i % 7}",
+            event_at=AT + i * step,
+            received_at=AT + i * step,
+            **changes,
+        )
         for i in range(n)
     ]
 
@@ -71,14 +78,20 @@ def test_writers_at_once_write_each_event_once(store):
         written = list(pool.map(lambda batch: write_events(store, batch), batches))
     assert sum(w.n_new for w in written) == count(store) == 1200
     with transaction(store) as connection:
-        names = read_rows(connection, "SELECT inhrelid::regclass::text AS n FROM pg_inherits WHERE inhparent = 'exp.events'::regclass")
+        names = read_rows(
+            connection, "SELECT inhrelid::regclass::text AS n FROM pg_inherits WHERE inhparent = 'exp.events'::regclass"
+        )
     assert len(names) == len({(e.event_at.year, e.event_at.month) for e in events})
 
 
 def test_a_broken_connection_leaves_nothing_and_the_retry_completes(store):
     with connect(store) as connection:
-        connection.execute("CREATE FUNCTION exp.fail() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''lost''; END'")
-        connection.execute("CREATE TRIGGER fail AFTER INSERT ON exp.events FOR EACH STATEMENT EXECUTE FUNCTION exp.fail()")
+        connection.execute(
+            "CREATE FUNCTION exp.fail() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''lost''; END'"
+        )
+        connection.execute(
+            "CREATE TRIGGER fail AFTER INSERT ON exp.events FOR EACH STATEMENT EXECUTE FUNCTION exp.fail()"
+        )
     with pytest.raises(Exception, match="lost"):
         write_events(store, several(50))
     assert count(store) == count(store, "event_ids") == 0
@@ -88,7 +101,11 @@ def test_a_broken_connection_leaves_nothing_and_the_retry_completes(store):
 
 
 def test_events_at_the_edges_of_months_and_years(store):
-    edges = [datetime(2024, 2, 29, 23, 59, 59, 999999, UTC), datetime(2024, 3, 1, tzinfo=UTC), datetime(2025, 12, 31, 23, 59, 59, tzinfo=UTC)]
+    edges = [
+        datetime(2024, 2, 29, 23, 59, 59, 999999, UTC),
+        datetime(2024, 3, 1, tzinfo=UTC),
+        datetime(2025, 12, 31, 23, 59, 59, tzinfo=UTC),
+    ]
     edges += [datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, 0, 30, tzinfo=timezone(timedelta(hours=1)))]
     events = [replace(ONE, id=stable_id("edge", i), event_at=at, received_at=at) for i, at in enumerate(edges)]
     assert write_events(store, events).n_new == len(edges)
@@ -114,7 +131,13 @@ def test_ranges_sources_and_knowledge(store):
 
 def test_what_is_written_is_what_is_read(store):
     nested = {"días": [1, 2.5, None, True, {"a": "\\u0000", "b": '"\n\t'}], "big": 10**30, "empty": {}}
-    event = replace(ONE, payload=nested, context={"source": "app", "locale": "pt"}, metrics={"a": 1, "b": -0.5}, experiments={"x": "B"})
+    event = replace(
+        ONE,
+        payload=nested,
+        context={"source": "app", "locale": "pt"},
+        metrics={"a": 1, "b": -0.5},
+        experiments={"x": "B"},
+    )
     write_events(store, [event])
     row = read_events(store, "plan_accepted").iloc[0]
     assert {name: row[name] for name in ("payload", "context", "metrics", "experiments")} == {

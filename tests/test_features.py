@@ -20,7 +20,8 @@ HISTORY = FeatureSet(
     SELECT spine.row_id, h.n, h.mean, h.last
     FROM spine LEFT JOIN LATERAL (
         SELECT count(*) AS n, avg((e.metrics ->> 'value')::float8) AS mean,
-               (array_agg((e.metrics ->> 'value')::float8 ORDER BY e.event_at DESC, e.received_at DESC, e.id DESC))[1] AS last
+               (array_agg((e.metrics ->> 'value')::float8
+                          ORDER BY e.event_at DESC, e.received_at DESC, e.id DESC))[1] AS last
         FROM exp.events e
         WHERE e.type = 'seen' AND e.unit_id = spine.unit_id AND e.event_at > spine.as_of - interval '28 days'
           AND e.event_at <= spine.as_of AND e.received_at <= spine.as_of
@@ -38,21 +39,32 @@ def make_events(n=1500, n_units=12, seed=0):
         at = START + timedelta(hours=chance.randrange(24 * 90))
         late = timedelta(hours=chance.randrange(1, 72)) if chance.random() < 0.05 else timedelta()
         unit, value = f"u-{chance.randrange(n_units)}", chance.randrange(100) / 4
-        events.append(Event("seen", "user", unit, at, id=stable_id("seen", i), metrics={"value": value}, received_at=at + late))
+        events.append(
+            Event("seen", "user", unit, at, id=stable_id("seen", i), metrics={"value": value}, received_at=at + late)
+        )
     return events
 
 
 def make_spine(n=400, n_units=14, seed=1):
     chance = random.Random(seed)
-    rows = [(f"r{i}", f"u-{chance.randrange(n_units)}", START + timedelta(hours=chance.randrange(24 * 95))) for i in range(n)]
+    rows = [
+        (f"r{i}", f"u-{chance.randrange(n_units)}", START + timedelta(hours=chance.randrange(24 * 95)))
+        for i in range(n)
+    ]
     return pd.DataFrame(rows, columns=["row_id", "unit_id", "as_of"])
 
 
 def by_hand(events, unit_id, as_of, known=True):
     seen = [e for e in events if e.unit_id == unit_id and as_of - WINDOW < e.event_at <= as_of]
-    seen = sorted((e for e in seen if not known or e.received_at <= as_of), key=lambda e: (e.event_at, e.received_at, e.id))
+    seen = sorted(
+        (e for e in seen if not known or e.received_at <= as_of), key=lambda e: (e.event_at, e.received_at, e.id)
+    )
     values = [e.metrics["value"] for e in seen]
-    return {"n": len(values), "mean": sum(values) / len(values) if values else None, "last": values[-1] if values else None}
+    return {
+        "n": len(values),
+        "mean": sum(values) / len(values) if values else None,
+        "last": values[-1] if values else None,
+    }
 
 
 def test_every_row_is_what_was_known_then(store):
@@ -62,8 +74,12 @@ def test_every_row_is_what_was_known_then(store):
     found = compute_features(store, HISTORY, spine)
     assert found["row_id"].tolist() == spine["row_id"].tolist()
     pd.testing.assert_frame_equal(found[["n", "mean", "last"]].astype(float), expected)
-    leaky = pd.DataFrame([by_hand(events, row.unit_id, row.as_of, known=False) for row in spine.itertuples()]).astype(float)
-    assert 0 < (leaky["n"] != expected["n"]).mean() < 0.5, "the data must hold late events that matter, or this test proves nothing"
+    leaky = pd.DataFrame([by_hand(events, row.unit_id, row.as_of, known=False) for row in spine.itertuples()]).astype(
+        float
+    )
+    assert 0 < (leaky["n"] != expected["n"]).mean() < 0.5, (
+        "the data must hold late events that matter, or this test proves nothing"
+    )
 
 
 def test_one_row_is_the_same_as_many(store):
@@ -94,9 +110,19 @@ def test_the_spine_may_carry_more(store):
     one = Event("seen", "user", "u-1", START, received_at=START, context={"source": "a"})
     write_events(store, [replace(one, id=stable_id("s", i), context={"source": s}) for i, s in enumerate("aab")])
     query = """
-        SELECT spine.row_id, (SELECT count(*) FROM exp.events e WHERE e.source = spine.source AND e.received_at <= spine.as_of) * factor
-        AS n, pg_typeof(flag)::text AS kind FROM spine"""
-    spine = pd.DataFrame({"row_id": [7, 8], "unit_id": "u-1", "as_of": [at, at], "source": ["a", "b"], "factor": 0.5, "flag": [True, False]})
+        SELECT spine.row_id, pg_typeof(flag)::text AS kind, factor * (
+            SELECT count(*) FROM exp.events e WHERE e.source = spine.source AND e.received_at <= spine.as_of
+        ) AS n FROM spine"""
+    spine = pd.DataFrame(
+        {
+            "row_id": [7, 8],
+            "unit_id": "u-1",
+            "as_of": [at, at],
+            "source": ["a", "b"],
+            "factor": 0.5,
+            "flag": [True, False],
+        }
+    )
     found = compute_features(store, FeatureSet("by_source", query, ("n", "kind")), spine)
     assert found.to_dict("list") == {"row_id": [7, 8], "n": [1.0, 0.5], "kind": ["boolean", "boolean"]}
 

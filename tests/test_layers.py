@@ -13,7 +13,7 @@ PACKAGE = "mlops_workbench"
 # The reference tasks stand for a user's code: the doors do not bind them, and nothing of the library imports them.
 REFERENCE = range(65, 80)
 
-MODELS = {"base", "model", "training", "pretraining"}
+MODELS = {"base", "artifact", "model", "training", "pretraining"}
 
 # Outside system → the modules that may import it. A name ending in `*` is a prefix.
 DOORS = {

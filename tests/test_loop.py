@@ -208,7 +208,7 @@ def test_kill_9_during_train_registers_nothing_and_the_next_run_works(looped):
 def test_a_full_disk_for_artefacts_is_one_line_and_nothing_is_registered(looped, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", small], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
         home = tmp_path / "home"
