@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="measure the full profile as well")
     full = parser.parse_args().full
     help_s, bare_s = start_cost([WORKBENCH, "--help"]), start_cost([sys.executable, "-c", "pass"])
-    print(f"workbench --help      {help_s:6.2f} CPU-s   {help_s / 0.4:5.2f} of 0.4 CPU-s, {help_s / bare_s:.0f} x a bare interpreter")
+    print(
+        f"workbench --help      {help_s:6.2f} CPU-s   {help_s / 0.4:5.2f} of 0.4 CPU-s, {help_s / bare_s:.0f} x a bare interpreter"
+    )
     with tempfile.TemporaryDirectory(prefix="loop-") as folder:
         os.chmod(folder, 0o755)
         home = Path(folder) / "home"
@@ -82,7 +84,11 @@ def main() -> None:
             cost = measure([WORKBENCH, "run", "planner", "--profile", profile], home)
             line = f"run planner, {profile:5}    {cost['cpu_s']:6.1f} CPU-s {cost['wall_s']:6.1f} s wall {cost['peak_gb']:5.2f} GB peak"
             bounds = f"{cost['peak_gb'] / 4:5.2f} of 4 GB"
-            limit = f"{cost['cpu_s'] / 180:5.2f} of 180 CPU-s" if profile == "full" else f"{cost['wall_s'] / 60:5.2f} of 60 s wall"
+            limit = (
+                f"{cost['cpu_s'] / 180:5.2f} of 180 CPU-s"
+                if profile == "full"
+                else f"{cost['wall_s'] / 60:5.2f} of 60 s wall"
+            )
             print(f"{line}   {limit}, {bounds}", flush=True)
 
 

@@ -52,7 +52,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 def _run(
     settings: Settings,
     name: str,  # pipeline
-    profile: str = "full",
+    profile: str = "full",  # or a folder below params/
     overrides: Sequence[str] = (),  # 'stage.parameter=value'
     start: str | None = None,  # first stage to run
 ) -> dict[str, Any]:  # the run
@@ -68,7 +68,9 @@ def run(
     pipeline: Annotated[str, typer.Argument(help="Name of a file in params/, such as planner.")],
     profile: Annotated[str, typer.Option(help="full, or a folder below params/ such as smoke.")] = "full",
     parameter: Annotated[list[str] | None, typer.Option("-p", help="stage.parameter=value; may be repeated.")] = None,
-    start: Annotated[str | None, typer.Option("--from", help="First stage to run; earlier ones keep their last results.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="First stage to run; earlier ones keep their last results.")
+    ] = None,
 ) -> None:
     "Run a pipeline: prep, train, evaluate, promote."
     settings = read_settings()
@@ -88,7 +90,11 @@ def _summary(
         lines += [f"verdict: {outputs['verdict']}", *(f"  - {reason}" for reason in outputs.get("reasons", ()))]
         lines += ["candidate minus the untuned base:", *(f"  - {line}" for line in outputs.get("over_untuned", ()))]
         free = outputs.get("free", {}).get("free_allowed")
-        lines += [f"the model alone, no mask and no fallback: {free:.1%} of rows break no constraint"] if free is not None else []
+        lines += (
+            [f"the model alone, no mask and no fallback: {free:.1%} of rows break no constraint"]
+            if free is not None
+            else []
+        )
     if "policy" in outputs:
         lines.append(f"in production: {outputs['policy']}")
     return "\n".join(lines)
@@ -100,7 +106,7 @@ def runs(
     json_: Json = False,
 ) -> None:
     "List runs."
-    from mlops_workbench.pipeline import read_runs
+    from mlops_workbench.runs import read_runs
     from mlops_workbench.store import open_store
 
     with open_store(read_settings()) as store:
@@ -126,7 +132,7 @@ def show(
     json_: Json = False,
 ) -> None:
     "Show a run: its stages, what they produced, and where their notebooks are."
-    from mlops_workbench.pipeline import read_runs
+    from mlops_workbench.runs import read_runs
     from mlops_workbench.store import open_store
 
     settings = read_settings()
@@ -165,7 +171,10 @@ def models(
         found = [asdict(v) for v in read_versions(open_tracking(store, settings), name or None)]
     if json_:
         return print(as_json(found))
-    short = [v | {k: v[k][:12] for k in ("digest", "dataset_fingerprint")} | {"created_at": v["created_at"][:19]} for v in found]
+    short = [
+        v | {k: v[k][:12] for k in ("digest", "dataset_fingerprint")} | {"created_at": v["created_at"][:19]}
+        for v in found
+    ]
     print(as_table(short, ["name", "version", "stage", "digest", "dataset_fingerprint", "run_id", "created_at"]))
 
 # %% ../nbs/63_cli.ipynb #63-cli-19
@@ -177,7 +186,9 @@ def _embedded_home() -> Path:
     "Find the embedded server's home, or say that another server is used."
     settings = read_settings()
     if settings.database_url:
-        raise ValueError(f"environment {settings.environment!r} uses a server of its own: the workbench does not start or stop it")
+        raise ValueError(
+            f"environment {settings.environment!r} uses a server of its own: the workbench does not start or stop it"
+        )
     return settings.home
 
 # %% ../nbs/63_cli.ipynb #63-cli-20
@@ -242,8 +253,8 @@ def build(
 ) -> None:
     "Build and pre-train a task's base model again, and compare its digest with the shipped one."
     from mlops_workbench.model import resolve_base
-    from mlops_workbench.task import load_task
     from mlops_workbench.pretraining import build_base
+    from mlops_workbench.task import load_task
 
     settings = read_settings()
     the_task = load_task(task)
@@ -304,7 +315,9 @@ def _look_at_packages(
         try:
             found = version(name).split("+")[0]
         except PackageNotFoundError:
-            raise WorkbenchError(f"{name} is not installed: run `make demo` or pip install -e . -c constraints.txt") from None
+            raise WorkbenchError(
+                f"{name} is not installed: run `make demo` or pip install -e . -c constraints.txt"
+            ) from None
         if name in tested and found != tested[name]:
             other.append(f"{name} {found} (tested: {tested[name]})")
     return "other versions than tested: " + ", ".join(other) if other else "the versions that were tested together"
@@ -334,11 +347,11 @@ def _look_at_store(
 # %% ../nbs/63_cli.ipynb #63-cli-30
 def _look_at_torch() -> str:
     "See what torch computes on."
-    import torch
+    from importlib.metadata import version
 
-    if torch.cuda.is_available():
-        return f"torch {torch.__version__} on {torch.cuda.get_device_name()}"
-    return f"torch {torch.__version__} on {torch.get_num_threads()} CPU threads, no GPU"
+    from mlops_workbench.base import device
+
+    return f"torch {version('torch')} on {device()}, {os.cpu_count()} CPU cores"
 
 # %% ../nbs/63_cli.ipynb #63-cli-31
 @app.command()
@@ -346,7 +359,10 @@ def doctor(
     json_: Json = False,
 ) -> None:
     "Check the environment and say what to do."
-    checks = [_check("python", lambda: sys.version.split()[0]), _check("settings", lambda: f"[{read_settings().environment}]")]
+    checks = [
+        _check("python", lambda: sys.version.split()[0]),
+        _check("settings", lambda: f"[{read_settings().environment}]"),
+    ]
     if checks[-1]["fine"]:
         settings = read_settings()
         checks += [
@@ -377,8 +393,12 @@ def demo(
     twice = [_twice(settings) for _ in range(2)]
     print("\n" + as_table([{"": f"run {i + 1}"} | t for i, t in enumerate(twice)], ["", *twice[0]]))
     if good["status"] != "finished" or bad["status"] != "refused" or twice[0] != twice[1]:
-        raise WorkbenchError("the demo did not go as it should: the first run must be promoted, the second refused, the last two equal")
-    print("\nNext: `make lab` opens the evaluation dashboard, `workbench mlflow` shows every run, `workbench show` the last one.")
+        raise WorkbenchError(
+            "the demo did not go as it should: the first run must be promoted, the second refused, the last two equal"
+        )
+    print(
+        "\nNext: `make lab` opens the evaluation dashboard, `workbench mlflow` shows every run, `workbench show` the last one."
+    )
 
 # %% ../nbs/63_cli.ipynb #63-cli-34
 def _twice(

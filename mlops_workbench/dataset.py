@@ -12,9 +12,10 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,7 +81,9 @@ def plan_split(
     cuts = [int(len(days) * (1 - validation_share - test_share)), int(len(days) * (1 - test_share))]
     validation_from, test_from = (days.iloc[min(c, len(days) - 1)] for c in cuts) if len(days) else (None, None)
     if not len(days) or not days.iloc[0] < validation_from < test_from:
-        raise ValueError(f"{len(days)} examples on {days.nunique()} days cannot be split in three by day: collect more days")
+        raise ValueError(
+            f"{len(days)} examples on {days.nunique()} days cannot be split in three by day: collect more days"
+        )
     return Split(validation_from.to_pydatetime(), test_from.to_pydatetime())
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-11
@@ -126,7 +129,7 @@ class DatasetVersion:
     last_at: str  # ISO time of the newest row
     validation_from: str
     test_from: str
-    path: Path
+    path: Path = field(repr=False)  # of its folder
 
     @property
     def name(self) -> str:
@@ -140,8 +143,8 @@ class DatasetVersion:
 # %% ../nbs/13_dataset.ipynb #13-dataset-19
 def describe_dataset(
     rows: pd.DataFrame,  # typed examples with `split`
-    task: str,
-    source: str,
+    task: str,  # the task's name
+    source: str,  # whose events the examples were made of
     split: Split,
     folder: Path,  # below it the version's folder lies
 ) -> DatasetVersion:
@@ -155,7 +158,7 @@ def describe_dataset(
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-20
 def _summary(
-    rows: pd.DataFrame,
+    rows: pd.DataFrame,  # typed examples with `split`
     dataset: DatasetVersion,
 ) -> str:  # Markdown
     "Write what a person wants to know first."
@@ -262,7 +265,7 @@ def newest_dataset(
 # %% ../nbs/13_dataset.ipynb #13-dataset-31
 def plot_dataset(
     rows: pd.DataFrame,  # dataset rows
-) -> "Figure":  # noqa: F821
+) -> Any:  # matplotlib Figure
     "Draw the number of examples a week, split by split."
     import matplotlib.pyplot as plt
 
@@ -270,7 +273,7 @@ def plot_dataset(
     counts = rows.groupby([week, "split"]).size().unstack(fill_value=0).reindex(columns=list(SPLITS), fill_value=0)
     figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
     bottom = np.zeros(len(counts))
-    for part, colour in zip(SPLITS, ("#4c78a8", "#f2a541", "#c44e52")):
+    for part, colour in zip(SPLITS, ("#4c78a8", "#f2a541", "#c44e52"), strict=True):
         axes.bar(counts.index, counts[part], bottom=bottom, width=6, color=colour, label=part)
         bottom += counts[part].to_numpy()
     axes.set(xlabel="week of the decision", ylabel="examples")

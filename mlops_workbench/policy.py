@@ -19,7 +19,7 @@ from .model import load_predictor
 from .registry import ModelVersion, fetch_model, move_stage, read_version, read_versions
 from .replay import RulePolicy
 from .settings import Settings
-from .store import Store, advisory_lock, read_rows, transaction
+from .store import Store, advisory_lock, as_json, read_rows, transaction
 from .task import Task
 from .tracking import Tracking
 
@@ -83,17 +83,19 @@ def _serve(
     evidence: Mapping[str, Any],  # the verdict
 ) -> None:
     "Make a model version the production policy, with its ledger entry."
-    from psycopg.types.json import Jsonb
-
     policy = version.name
-    connection.execute("INSERT INTO exp.policies (policy, task) VALUES (%s, %s) ON CONFLICT DO NOTHING", (policy, version.task))
-    connection.execute("UPDATE exp.policy_versions SET status = 'retired' WHERE policy = %s AND status = 'production'", (policy,))
+    connection.execute(
+        "INSERT INTO exp.policies (policy, task) VALUES (%s, %s) ON CONFLICT DO NOTHING", (policy, version.task)
+    )
+    connection.execute(
+        "UPDATE exp.policy_versions SET status = 'retired' WHERE policy = %s AND status = 'production'", (policy,)
+    )
     (row,) = read_rows(
         connection,
         "INSERT INTO exp.policy_versions (policy, version, model_name, model_version, settings, status, created_at) "
         "SELECT %s, coalesce(max(version), 0) + 1, %s, %s, %s, 'production', %s FROM exp.policy_versions WHERE policy = %s "
         "RETURNING version",
-        (policy, version.name, str(version.version), Jsonb(dict(settings)), utc_now(), policy),
+        (policy, version.name, str(version.version), as_json(dict(settings)), utc_now(), policy),
     )
     subject = {"policy": policy, "version": row["version"], "model_version": version.version, "digest": version.digest}
     append_entry(connection, "policy.promote", actor, subject, dict(evidence))
@@ -109,7 +111,8 @@ def promote(
 ) -> PolicyVersion:  # the production policy
     "Make a candidate the task's production policy."
     if not verdict.passed:
-        raise WorkbenchError(f"{version.label} may not be promoted, its verdict is {verdict.outcome!r}: {verdict.reasons[0]}")
+        refused = f"{version.label} may not be promoted, its verdict is {verdict.outcome!r}"
+        raise WorkbenchError(f"{refused}: {verdict.reasons[0]}")
     if version.stage not in ("candidate", "production"):
         raise WorkbenchError(f"{version.label} is {version.stage!r}: only a candidate can be promoted")
     with transaction(store) as connection, advisory_lock(connection, f"policy:{version.name}"):

@@ -71,7 +71,7 @@ def read_versions(
 def read_version(
     tracking: Tracking,
     name: str,  # of the model
-    version: int,
+    version: int,  # 1, 2, …
 ) -> ModelVersion:
     "Read one registered version."
     from mlflow.exceptions import MlflowException
@@ -90,7 +90,7 @@ def register_model(
     task: Any,  # task of the model; its name is the model's
     module: str,  # dotted module of the task, as the pipeline names it
     folder: Path,  # the model's files, as `model.save_model` writes them
-    dataset_fingerprint: str,
+    dataset_fingerprint: str,  # of the dataset it was trained on
 ) -> ModelVersion:  # in stage 'trained'
     "Record a model's files and make them a version."
     from mlflow.exceptions import MlflowException
@@ -109,7 +109,9 @@ def register_model(
     uri = log_model(run, name, folder, "mlops_workbench.model", REQUIREMENTS, facts)
     whole = client.get_run(run.run_id).data.tags.get("workbench.run", run.run_id)
     tags = {f"workbench.{key}": value for key, value in (facts | {"stage": "trained", "run": whole}).items()}
-    return _version(client.create_model_version(name, uri, run.run_id, tags=tags, model_id=uri.removeprefix("models:/")))
+    return _version(
+        client.create_model_version(name, uri, run.run_id, tags=tags, model_id=uri.removeprefix("models:/"))
+    )
 
 # %% ../nbs/31_registry.ipynb #31-registry-14
 def fetch_model(
@@ -126,10 +128,14 @@ def fetch_model(
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=cache) as beside:
             try:
-                found = Path(mlflow.artifacts.download_artifacts(version.source, dst_path=beside, tracking_uri=tracking.uri))
+                found = Path(
+                    mlflow.artifacts.download_artifacts(version.source, dst_path=beside, tracking_uri=tracking.uri)
+                )
             except Exception as error:  # each artefact store has its own errors
-                raise WorkbenchError(f"files of {version.label} cannot be fetched: {str(error).splitlines()[0]}") from error
-            (data,) = [f for f in (found / "data").iterdir()]
+                raise WorkbenchError(
+                    f"files of {version.label} cannot be fetched: {str(error).splitlines()[0]}"
+                ) from error
+            (data,) = (found / "data").iterdir()
             if digest_folder(data) != version.digest:
                 raise WorkbenchError(f"files of {version.label} have changed since it was registered: train it again")
             if kept.is_dir():

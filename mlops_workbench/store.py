@@ -112,8 +112,9 @@ def _run(
         output.seek(0)
         said = [line.strip() for line in output.read().splitlines() if line.strip()]
     if result.returncode:
+        telling = [line for line in said if re.search("error:|FATAL:|PANIC:|could not|failed", line)] or said[-1:]
         raise WorkbenchError(
-            f"{program} failed: {' '.join(said[:2]) or result.returncode}: "
+            f"{program} failed: {' '.join(telling[:2]) or result.returncode}: "
             "set WORKBENCH_DATABASE_URL to use another server"
         )
 

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ def tracking_uri(
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     options = f"{query.get('options', '')} -csearch_path=mlflow".strip()
-    return urlunsplit(("postgresql+psycopg", parts.netloc, parts.path, urlencode(query | {"options": options}, quote_via=quote), ""))
+    return urlunsplit(
+        ("postgresql+psycopg", parts.netloc, parts.path, urlencode(query | {"options": options}, quote_via=quote), "")
+    )
 
 # %% ../nbs/03_tracking.ipynb #03-tracking-09
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def open_tracking(
             tracking.client.search_experiments(max_results=1)
         except MlflowException as error:
             reason = str(error).split("\n")[0]
-            raise WorkbenchError(f"MLflow {mlflow.__version__} cannot use its tables in schema mlflow: {reason}") from error
+            told = f"MLflow {mlflow.__version__} cannot use its tables in schema mlflow: {reason}"
+            raise WorkbenchError(told) from error
     return tracking
 
 # %% ../nbs/03_tracking.ipynb #03-tracking-14
@@ -317,6 +321,7 @@ def log_model(
     logged = run.client.create_logged_model(experiment, name, source_run_id=run.run_id)
     status = LoggedModelStatus.FAILED
     try:
+        warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature is given instead
         Model.log(
             None,
             mlflow.pyfunc,
@@ -337,7 +342,7 @@ def log_model(
 def ui_command(
     tracking: Tracking,
     host: str = "127.0.0.1",  # address to listen on
-    port: int = 5000,
+    port: int = 5000,  # to listen on
 ) -> tuple[list[str], dict[str, str]]:  # the command, and the variables it needs
     "Say how to start MLflow's own interface on this store."
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]

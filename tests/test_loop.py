@@ -33,7 +33,9 @@ class Workbench:
     def run(self, *arguments: str, code: int = 0) -> str:
         command = self.start(*arguments)
         said, told = command.communicate(timeout=400)
-        assert command.returncode == code, f"{arguments} ended with {command.returncode}\n{said[-1500:]}\n{told[-1500:]}"
+        assert command.returncode == code, (
+            f"{arguments} ended with {command.returncode}\n{said[-1500:]}\n{told[-1500:]}"
+        )
         if code in (1, 2):
             assert len(told.strip().splitlines()) == 1, f"expected one line:\n{told}"
             assert "Traceback" not in told

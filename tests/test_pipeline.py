@@ -12,19 +12,13 @@ import psutil
 import pytest
 
 from mlops_workbench.core import WorkbenchError
-from mlops_workbench.pipeline import (
-    StageError,
-    check_pipeline,
-    notebook_parameters,
-    read_pipeline,
-    read_runs,
-    run_pipeline,
-)
+from mlops_workbench.pipeline import check_pipeline, notebook_parameters, read_pipeline, run_pipeline
+from mlops_workbench.runs import RunStopped, read_runs
 from mlops_workbench.settings import Settings
 from mlops_workbench.tracking import open_tracking, read_artifact
 
 START = """
-from mlops_workbench.pipeline import record_outputs
+from mlops_workbench.engine import record_outputs
 from mlops_workbench.settings import read_settings
 from mlops_workbench.store import open_store
 from mlops_workbench.tracking import open_run, open_tracking
@@ -138,7 +132,7 @@ def test_values_flow_and_everything_is_recorded(project, store, tmp_path):
 
 def test_a_failing_cell_is_named_and_its_notebook_kept(project, store):
     settings = settings_of(project, store)
-    with pytest.raises(StageError, match="stage 'show' failed in cell 3: ZeroDivisionError"):
+    with pytest.raises(RunStopped, match="stage 'show' failed in cell 3: ZeroDivisionError"):
         run_pipeline(read_pipeline(project, "sums", overrides=["add.b=3"]), settings, say=lambda line: None)
     (failed,) = read_runs(store)
     assert (failed["status"], [s["status"] for s in failed["stages"]]) == ("failed", ["finished", "failed"])

@@ -7,9 +7,10 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -87,13 +88,15 @@ def server_processes(home):
     for process in psutil.process_iter(["cmdline", "status"]):
         named = str(home / "postgres" / "data") in (process.info["cmdline"] or [])
         if named and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found += [process, *process.children(recursive=True)]
+            with suppress(psutil.NoSuchProcess):
+                found += [process, *process.children(recursive=True)]
     return found
 
 
 def kill_all(home):
     for process in server_processes(home):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def wait_until(happened, timeout=20):
@@ -107,23 +110,27 @@ def open_home(home):
     return open_store(Settings("test", home, home))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    "Make a home once: initdb is what takes the time."
-    home = tmp_path_factory.mktemp("made") / "home"
-    with passable(home.parent):
-        open_home(home).close()
-        yield home
-
-
 @contextmanager
-def passable(folder):
-    "Let the server's user pass through the folders pytest made, which are private."
-    mine = [p for p in (folder, *folder.parents) if p.owner() == Path.home().owner() and not p.stat().st_mode & 0o001]
-    mine = [p for p in mine if "pytest" in str(p)]
-    for p in mine:
-        p.chmod(p.stat().st_mode | 0o011)
-    yield
+def folder():
+    "Make a folder that the server's user may pass through; pytest's own are private, and any pytest makes them so again."
+    path = Path(tempfile.mkdtemp(prefix="workbench-test-")).resolve()
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def tmp_path():
+    with folder() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def made():
+    "Make a home once: initdb is what takes the time."
+    with folder() as path:
+        open_home(path / "home").close()
+        yield path / "home"
 
 
 @pytest.fixture
@@ -133,10 +140,9 @@ def home(made, tmp_path):
     shutil.copytree(made, home, copy_function=shutil.copy2, ignore=shutil.ignore_patterns("*.lock", "socket"))
     if ROOT:
         subprocess.run(["chown", "-R", "nobody", home / "postgres" / "data"], check=True)
-    with passable(tmp_path):
-        yield home
-        stop_server(home)
-        assert server_processes(home) == []
+    yield home
+    stop_server(home)
+    assert server_processes(home) == []
 
 
 # Starting and leaving
@@ -227,9 +233,8 @@ def test_a_long_temporary_directory_does_not_matter_to_who_comes_later(home, tmp
 def test_the_environment_does_not_matter(tmp_path, variables):
     "A locale that is not installed stops initdb, and libpq's variables would move the server or its clients."
     home = tmp_path / "home"
-    with passable(tmp_path):
-        finish(python(OPEN, home, env=os.environ | variables))
-        assert (home / "postgres" / "data" / "PG_VERSION").exists() and not server_status(home).running
+    finish(python(OPEN, home, env=os.environ | variables))
+    assert (home / "postgres" / "data" / "PG_VERSION").exists() and not server_status(home).running
 
 
 def test_six_at_once_on_a_fresh_home_make_one_server(tmp_path):
@@ -238,12 +243,11 @@ def test_six_at_once_on_a_fresh_home_make_one_server(tmp_path):
     text = (
         OPEN + f"with transaction(store) as c: print(read_rows(c, '{started}')[0]['at'], flush=True)\nsys.stdin.read()"
     )
-    with passable(tmp_path):
-        processes = [python(text, home, stdin=subprocess.PIPE) for _ in range(6)]
-        seen = {p.stdout.readline() for p in processes}
-        assert len(seen) == 1 and "" not in seen
-        for p in processes:
-            finish(p)
+    processes = [python(text, home, stdin=subprocess.PIPE) for _ in range(6)]
+    seen = {p.stdout.readline() for p in processes}
+    assert len(seen) == 1 and "" not in seen
+    for p in processes:
+        finish(p)
     assert not server_status(home).running and server_processes(home) == []
 
 
@@ -252,7 +256,7 @@ def test_an_interrupted_initdb_is_thrown_away(tmp_path):
     half = home / "postgres" / "data.new"
     half.mkdir(parents=True)
     (half / "PG_VERSION").write_text("18\n")
-    with passable(tmp_path), open_home(home) as store:
+    with open_home(home) as store:
         connect(store).close()
     assert not half.exists()
 
@@ -261,13 +265,12 @@ def test_an_interrupted_initdb_is_thrown_away(tmp_path):
 @pytest.mark.parametrize("seconds", [0.4, 0.7, 1.0, 1.3, 1.7])
 def test_a_first_start_killed_at_any_time(tmp_path, seconds):
     home = tmp_path / "home"
-    with passable(tmp_path):
-        process = python(OPEN, home)
-        time.sleep(seconds)
-        process.kill()
-        process.communicate()
-        with open_home(home) as store:
-            connect(store).close()
+    process = python(OPEN, home)
+    time.sleep(seconds)
+    process.kill()
+    process.communicate()
+    with open_home(home) as store:
+        connect(store).close()
     wait_until(lambda: server_processes(home) == [])
 
 
@@ -369,7 +372,7 @@ def test_a_damaged_note(home, text):
 
 
 def test_a_home_removed_under_its_user(home):
-    "The server looks for its note once a minute and stops without it: here it is only made sure that leaving does not fail."
+    "The server looks for its note once a minute and stops without it; here only leaving is tried."
     finish(python(OPEN + "import shutil\nshutil.rmtree(sys.argv[1])\nstore.close()", home))
     kill_all(home)
 
@@ -418,9 +421,8 @@ def test_an_ordinary_user(tmp_path):
     home.mkdir()
     os.chown(home, 65534, 65534)
     words = "setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_override --ambient-caps=+dac_override"
-    with passable(tmp_path):
-        for _ in range(2):
-            finish(python(OPEN, home, env=os.environ | {"HOME": str(home)}, become=words.split()))
+    for _ in range(2):
+        finish(python(OPEN, home, env=os.environ | {"HOME": str(home)}, become=words.split()))
     assert {p.stat().st_uid for p in home.rglob("*")} == {65534}
     assert not server_status(home).running
 
