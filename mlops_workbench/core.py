@@ -121,7 +121,16 @@ class Parameter:
     help: str = ""  # the comment behind the assignment
 
 # %% ../nbs/00_core.ipynb #00-core-30
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "Literal": Literal, "None": None}
+_TYPES = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+    "Literal": Literal,
+    "None": None,
+}
 
 
 def _declared(
@@ -130,7 +139,7 @@ def _declared(
 ) -> Parameter:
     "Read one annotated assignment."
     if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value is not None:
-        kind = eval(compile(ast.Expression(statement.annotation), "parameters", "eval"), {"__builtins__": {}}, _TYPES)  # noqa: S307
+        kind = eval(compile(ast.Expression(statement.annotation), "parameters", "eval"), {"__builtins__": {}}, _TYPES)
         return Parameter(
             statement.target.id, kind, ast.literal_eval(statement.value), comments.get(statement.end_lineno, "")
         )

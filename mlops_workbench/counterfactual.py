@@ -24,9 +24,7 @@ def importance_weight(
     if not 0 <= probability <= 1 + 1e-9:
         raise ValueError(f"probability is {probability}: expected a number from 0 to 1")
     if propensity is None or not 0 < propensity <= 1:
-        raise ValueError(
-            f"propensity is {propensity}: expected a number above 0, at most 1, written at decision time"
-        )
+        raise ValueError(f"propensity is {propensity}: expected a number above 0, at most 1, written at decision time")
     return float(probability / propensity)
 
 # %% ../nbs/24_counterfactual.ipynb #24-counterfactual-10
@@ -113,9 +111,7 @@ def estimate_value(
     if len(r) != len(w):
         raise ValueError(f"{len(r)} outcomes and {len(w)} weights: pass one of each a row")
     checked = diagnose_weights(w, unsupported)
-    return Counterfactual(
-        mean_interval(r * w, clusters, None, seed), mean_interval(r * w, clusters, w, seed), checked
-    )
+    return Counterfactual(mean_interval(r * w, clusters, None, seed), mean_interval(r * w, clusters, w, seed), checked)
 
 # %% ../nbs/24_counterfactual.ipynb #24-counterfactual-23
 def doubly_robust(

@@ -57,9 +57,7 @@ def _pair_scores(
     candidate_ids, baseline_ids = candidate_scores["example_id"], baseline_scores["example_id"]
     for side, ids in (("candidate", candidate_ids), ("baseline", baseline_ids)):
         if ids.duplicated().any():
-            raise ValueError(
-                f"{side} scores hold example {ids[ids.duplicated()].iloc[0]!r} twice: one row per example"
-            )
+            raise ValueError(f"{side} scores hold example {ids[ids.duplicated()].iloc[0]!r} twice: one row per example")
     odd = set(candidate_ids) ^ set(baseline_ids)
     if odd:
         raise ValueError(f"example {min(odd)!r} was scored for one policy only: replay both on the same rows")
@@ -269,8 +267,6 @@ def plot_evidence(
         name = f"{e.metric.name} ({e.metric.unit})" if e.metric.unit else e.metric.name
         ax.set_yticks([0, 1], ["baseline", "candidate"], fontsize=8)
         ax.set_ylim(-0.6, 1.6)
-        ax.set_title(
-            f"{name}, {'higher' if e.metric.higher_is_better else 'lower'} is better", fontsize=8, loc="left"
-        )
+        ax.set_title(f"{name}, {'higher' if e.metric.higher_is_better else 'lower'} is better", fontsize=8, loc="left")
         ax.tick_params(axis="x", labelsize=8)
     return figure

@@ -32,9 +32,7 @@ class Metric:
     def __post_init__(self) -> None:
         "Refuse an empty range."
         if not self.low < self.high:
-            raise ValueError(
-                f"metric {self.name!r} ranges from {self.low:g} to {self.high:g}: low must be below high"
-            )
+            raise ValueError(f"metric {self.name!r} ranges from {self.low:g} to {self.high:g}: low must be below high")
 
     @property
     def value_column(self) -> str:

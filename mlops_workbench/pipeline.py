@@ -9,7 +9,7 @@ __all__ = ['Stage', 'Pipeline', 'pipeline_file', 'read_pipeline', 'notebook_para
 # %% ../nbs/60_pipeline.ipynb #60-pipeline-03
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -97,6 +97,20 @@ def _check_keys(
     return given
 
 # %% ../nbs/60_pipeline.ipynb #60-pipeline-10
+def _read_stage(
+    root: Path,  # the project
+    where: str,  # the file, for the message
+    name: str,  # of the stage
+    body: Any,  # what the file holds for it
+) -> Stage:
+    "Read one stage of a pipeline's file."
+    body = _check_keys(f"{where}: stage {name!r}", body, ("notebook", "needs", "when", "parameters"))
+    notebook = root / body.get("notebook", f"nbs/pipelines/{name}.ipynb")
+    return Stage(
+        name, notebook, dict(body.get("parameters") or {}), dict(body.get("needs") or {}), body.get("when", "")
+    )
+
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-11
 def read_pipeline(
     root: Path,  # the project
     name: str,  # such as 'planner'
@@ -113,18 +127,13 @@ def read_pipeline(
     content = _check_keys(where, content, ("task", "stages"))
     if not content.get("task") or not content.get("stages"):
         raise ValueError(f"{where} lacks {'task' if not content.get('task') else 'stages'}: a pipeline needs both")
-    stages = []
-    for stage, body in content["stages"].items():
-        body = _check_keys(f"{where}: stage {stage!r}", body, ("notebook", "needs", "when", "parameters"))
-        notebook = root / body.get("notebook", f"nbs/pipelines/{stage}.ipynb")
-        given = dict(body.get("parameters") or {})
-        stages.append(Stage(stage, notebook, given, dict(body.get("needs") or {}), body.get("when", "")))
-    pipeline = Pipeline(name, profile, content["task"], tuple(stages))
+    stages = tuple(_read_stage(root, where, stage, body) for stage, body in content["stages"].items())
+    pipeline = Pipeline(name, profile, content["task"], stages)
     for override in overrides:
         _override(pipeline, override)
     return pipeline
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-11
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-12
 def _override(
     pipeline: Pipeline,
     override: str,  # 'stage.parameter=value'
@@ -135,15 +144,13 @@ def _override(
     if not (equals and dot and parameter):
         raise ValueError(f"parameter {override!r}: write it as stage.parameter=value, such as train.rank=8")
     value = yaml.safe_load(text) if text else ""
-    try:  # YAML 1.1 reads 1e-3 as text
+    with suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
         value = float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
-    except ValueError:
-        pass
     chosen = pipeline.stages[pipeline.position(stage)]
     chosen.parameters[parameter] = value
     chosen.needs.pop(parameter, None)  # a value given by hand wins over the flow
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-13
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-14
 def notebook_parameters(
     notebook: Path,  # an .ipynb file
 ) -> tuple[Parameter, ...]:
@@ -162,7 +169,7 @@ def notebook_parameters(
         )
     return read_parameters("".join(tagged[0]["source"]))
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-14
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-15
 def check_pipeline(
     pipeline: Pipeline,
 ) -> dict[str, dict[str, Any]]:  # stage → every parameter that is known before the run
@@ -187,7 +194,7 @@ def check_pipeline(
         outputs.add(stage.name)
     return checked
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-16
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-17
 @dataclass
 class Session:
     "One run in progress: who it is, where it writes, and whom it tells."
@@ -234,7 +241,7 @@ class Session:
             raise WorkbenchError(f"stage {stage!r} has no output {output!r}: it produced {known}")
         return self.outputs[stage][output]
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-17
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-18
 def run_stage(
     session: Session,
     stage: Stage,
@@ -265,7 +272,7 @@ def run_stage(
     session.say(f"{stage.name} finished in {monotonic() - begun:.1f} s: {brief(outputs)}")
     return outputs
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-18
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-19
 def brief(
     outputs: Mapping[str, Any],  # of a stage
 ) -> str:  # the values that fit on a line
@@ -273,7 +280,7 @@ def brief(
     short = {k: v for k, v in outputs.items() if isinstance(v, str | int | float | bool) and len(str(v)) <= 40}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-19
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-20
 def _keep(
     session: Session,
     run: Run,
@@ -287,7 +294,7 @@ def _keep(
         lock.write_text(environment_lock())
     log_file(run, lock)
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-20
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-21
 def _fail_stage(
     session: Session,
     stage: str,  # its name
@@ -305,7 +312,7 @@ def _fail_stage(
     except Exception as second:  # a full disk, for one: the first error is the one to tell
         session.say(f"the partial notebook could not be kept as artefact: {' '.join(str(second).split())}")
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-22
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-23
 @contextmanager
 def _open_session(
     pipeline: Pipeline,
@@ -334,7 +341,7 @@ def _open_session(
         finally:
             end_run(parent, {"cancelled": "KILLED", "failed": "FAILED"}.get(session.status, "FINISHED"))
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-23
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-24
 def _run_stages(
     session: Session,
     stages: Sequence[Stage],
@@ -350,7 +357,7 @@ def _run_stages(
         session.outputs[stage.name] = run_stage(session, stage, checked[stage.name])
     session.status = "finished"
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-24
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-25
 def run_pipeline(
     pipeline: Pipeline,
     settings: Settings,

@@ -45,9 +45,7 @@ def violations(
     if abs(sum(chances) - 1) > 1e-6 or min(chances) < 0:
         found.append(f"probabilities sum to {sum(chances):.6g}, the least is {min(chances):.3g}")
     if min(chances) < MIN_PROBABILITY:
-        found.append(
-            f"item {int(np.argmin(chances))} has probability {min(chances):.3g}, less than {MIN_PROBABILITY}"
-        )
+        found.append(f"item {int(np.argmin(chances))} has probability {min(chances):.3g}, less than {MIN_PROBABILITY}")
     if answer["top_item"] not in range(N_ITEMS) or chances[answer["top_item"]] < max(chances):
         found.append(f"top_item {answer['top_item']} is not the most probable item")
     return tuple(found)
@@ -192,9 +190,7 @@ def _loss(
     "Measure how badly clicks and the bandit's choices are explained."
     from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax
 
-    scores = (
-        rows.features @ weights["user"] @ weights["item"].T + weights["bias"] + weights["affinity"] * rows.affinity
-    )
+    scores = rows.features @ weights["user"] @ weights["item"].T + weights["bias"] + weights["affinity"] * rows.affinity
     item = rows.item[:, None]
     centred = scores - scores.mean(dim=1, keepdim=True)
     odds = weights["scale"] * centred.gather(1, item)[:, 0] + weights["level"]

@@ -39,7 +39,9 @@ def resolve_secret(
         return variables[name]
     if f"{name}_FILE" in variables:
         return Path(variables[f"{name}_FILE"]).read_text().strip()
-    raise WorkbenchError(f"secret {name!r} is not set: export {name}, or {name}_FILE with the path of a file that holds it")
+    raise WorkbenchError(
+        f"secret {name!r} is not set: export {name}, or {name}_FILE with the path of a file that holds it"
+    )
 
 # %% ../nbs/01_settings.ipynb #01-settings-11
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def _check_url(
 ) -> None:
     "Refuse a password that is written out in a file."
     if value and "://" in value and urlsplit(value).password:
-        raise ValueError(f"settings.ini has a password in {key}: write {key} = secret://NAME and set NAME in the environment")
+        raise ValueError(
+            f"settings.ini has a password in {key}: write {key} = secret://NAME and set NAME in the environment"
+        )
 
 # %% ../nbs/01_settings.ipynb #01-settings-13
 def read_settings(
@@ -87,7 +91,9 @@ def read_settings(
         if key not in _KEYS:
             raise ValueError(f"settings.ini [{environment}] has no setting {key!r}: {nearest(key, _KEYS)}")
         _check_url(key, value)
-    value = {key: variables.get(f"WORKBENCH_{key.upper()}") or written.get(key) or default for key, default in _KEYS.items()}
+    value = {
+        key: variables.get(f"WORKBENCH_{key.upper()}") or written.get(key) or default for key, default in _KEYS.items()
+    }
     home = (root / Path(value["home"]).expanduser()).resolve()
     url = value["database_url"] and resolve_secret(value["database_url"], variables)
     return Settings(environment, root, home, url, value["artifacts_url"])

@@ -160,9 +160,7 @@ def _pair(
     baseline: Sequence[float],
     clusters: Sequence | None,
     weights: tuple[Sequence[float], Sequence[float]] | None,
-) -> tuple[
-    np.ndarray, int
-]:  # per cluster: candidate's value and weight, baseline's value and weight; rows that count
+) -> tuple[np.ndarray, int]:  # per cluster: candidate's value and weight, baseline's value and weight; rows that count
     "Bring two policies' rows together."
     if len(candidate) != len(baseline):
         raise ValueError(f"{len(candidate)} candidate rows and {len(baseline)} baseline rows: pair them first")

