@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -167,7 +167,7 @@ def _initialise(
     durable: bool,  # False: a throwaway server that need not survive a power cut
 ) -> None:
     "Make the data folder with its database, whole or not at all."
-    data, new = home / "postgres" / "data", home / "postgres" / "data.new"
+    data = home / "postgres" / "data"
     installed = int(re.search(r"\d+", subprocess.check_output([_programs() / "postgres", "--version"], text=True))[0])
     if (data / "PG_VERSION").exists():
         written = int((data / "PG_VERSION").read_text())
@@ -177,8 +177,10 @@ def _initialise(
                 f"{written} again (WORKBENCH_PG_BIN), or dump with it and restore into an empty home"
             )
         return
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(mode=0o700)
+    for left in data.parent.glob("data.new-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    # a name of its own: the initdb of a killed process may still be writing to the folder it was given
+    new = Path(tempfile.mkdtemp(prefix="data.new-", dir=data.parent))
     _own(new)
     words = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-instructions"]
     words += [] if durable else ["--no-sync"]
@@ -290,13 +292,17 @@ def _stop(
     home: Path,  # local state; the caller holds start.lock
 ) -> None:
     "Stop the server, if it runs; every committed row is on disk anyway."
-    _forget_dead(home)
-    if _postmaster(home):
-        try:
-            _run(home, "pg_ctl", "-D", home / "postgres" / "data", "-w", "-t", _START_S, "-m", "fast", "-s", "stop")
-        except WorkbenchError:
-            if _is_ready(home):  # otherwise it died by itself
-                raise
+    if _forget_dead(home):
+        return
+    folders = _postmaster(home)[4:5]  # not noted yet by a server that is starting
+    try:
+        _run(home, "pg_ctl", "-D", home / "postgres" / "data", "-w", "-t", _START_S, "-m", "fast", "-s", "stop")
+    except WorkbenchError:
+        if _is_ready(home):  # otherwise it died by itself
+            raise
+    for folder in filter(None, folders):
+        with suppress(OSError):  # not empty after a crash: the next start clears it
+            Path(folder).rmdir()
 
 
 def _stop_unused(

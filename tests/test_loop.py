@@ -104,6 +104,34 @@ def test_the_artefact_is_data_only(looped):
     assert not [p for p in models if str(ROOT).encode() in p.read_bytes()]
 
 
+SERVE = """
+import json
+import mlflow, pandas as pd
+from mlops_workbench.dataset import newest_dataset, read_dataset
+from mlops_workbench.planner import task
+from mlops_workbench.settings import read_settings
+from mlops_workbench.store import open_store
+from mlops_workbench.tracking import open_tracking
+settings = read_settings()
+with open_store(settings) as store:
+    open_tracking(store, settings)
+    _, rows = read_dataset(settings, "planner", newest_dataset(store, "planner"))
+    contexts = rows["context"].tail(20).tolist()
+    model = mlflow.pyfunc.load_model("models:/planner@production")
+    answers = list(model.predict(pd.DataFrame({"context": contexts})))
+for context, answer in zip(contexts, answers, strict=True):
+    assert task.violations(json.loads(context), json.loads(answer)) == (), (context, answer)
+print(len(answers))
+"""
+
+
+def test_mlflow_s_own_loader_serves_the_production_model_safely(looped):
+    served = subprocess.run(
+        [sys.executable, "-c", SERVE], cwd=ROOT, env=looped.variables, capture_output=True, text=True, timeout=200
+    )
+    assert served.stdout.strip() == "20", served.stderr[-2000:]
+
+
 def test_the_same_parameters_give_the_same_bytes_and_a_bad_candidate_is_refused(looped):
     before = looped.outputs()
     looped.run(*SMOKE)

@@ -263,9 +263,23 @@ def test_six_at_once_on_a_fresh_home_make_one_server(tmp_path):
     assert not server_status(home).running and server_processes(home) == []
 
 
+def test_a_long_home_leaves_nothing_in_the_temporary_directory(home, tmp_path):
+    moved, other = tmp_path / ("p" * 90) / "home", tmp_path / "t"
+    moved.parent.mkdir()
+    other.mkdir()
+    other.chmod(0o711)
+    home.rename(moved)
+    try:
+        text = OPEN + "print(store.url)"
+        assert str(other) in finish(python(text, moved, env=os.environ | {"TMPDIR": str(other)}))
+        assert list(other.iterdir()) == []
+    finally:
+        moved.rename(home)
+
+
 def test_an_interrupted_initdb_is_thrown_away(tmp_path):
     home = tmp_path / "home"
-    half = home / "postgres" / "data.new"
+    half = home / "postgres" / "data.new-1"
     half.mkdir(parents=True)
     (half / "PG_VERSION").write_text("18\n")
     with open_home(home) as store:
