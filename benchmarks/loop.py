@@ -82,7 +82,8 @@ def main() -> None:
         home = Path(folder) / "home"
         for profile in ["smoke", "full"] if full else ["smoke"]:
             cost = measure([WORKBENCH, "run", "planner", "--profile", profile], home)
-            line = f"run planner, {profile:5}    {cost['cpu_s']:6.1f} CPU-s {cost['wall_s']:6.1f} s wall {cost['peak_gb']:5.2f} GB peak"
+            line = f"run planner, {profile:5}    {cost['cpu_s']:6.1f} CPU-s {cost['wall_s']:6.1f} s wall"
+            line += f" {cost['peak_gb']:5.2f} GB peak"
             bounds = f"{cost['peak_gb'] / 4:5.2f} of 4 GB"
             limit = (
                 f"{cost['cpu_s'] / 180:5.2f} of 180 CPU-s"

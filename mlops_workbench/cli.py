@@ -198,7 +198,7 @@ def _embedded_home() -> Path:
 @db.command()
 def url() -> None:
     "Print the database's URL, for psql and other tools."
-    from mlops_workbench.store import server_status
+    from mlops_workbench.server import server_status
 
     settings = read_settings()
     found = settings.database_url or server_status(settings.home).url
@@ -210,7 +210,7 @@ def url() -> None:
 @db.command()
 def up() -> None:
     "Start the embedded server and keep it up."
-    from mlops_workbench.store import start_server
+    from mlops_workbench.server import start_server
 
     print(start_server(_embedded_home()))
 
@@ -218,7 +218,7 @@ def up() -> None:
 @db.command()
 def down() -> None:
     "Stop the embedded server, also under those who use it."
-    from mlops_workbench.store import stop_server
+    from mlops_workbench.server import stop_server
 
     print("stopped" if stop_server(_embedded_home()) else "it was not running")
 

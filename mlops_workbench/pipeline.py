@@ -214,22 +214,6 @@ class Session:
         "Return where executed notebooks are written."
         return self.settings.home / "runs" / self.run_id
 
-    @property
-    def variables(self) -> dict[str, str]:
-        "Return what a kernel needs to find the same places."
-        s = self.settings
-        found = {"ROOT": s.root, "ENVIRONMENT": s.environment, "HOME": s.home}
-        found |= {"DATABASE_URL": s.database_url, "ARTIFACTS_URL": s.artifacts_url}
-        return {f"WORKBENCH_{name}": str(value) for name, value in found.items() if value}
-
-    def note(
-        self,
-        stage: str,  # its name
-        **columns: Any,  # of exp.run_stages
-    ) -> None:
-        "Write what is known about a stage."
-        note_stage(self.store, self.run_id, stage, self.pipeline.position(stage), columns)
-
     def value(
         self,
         source: str,  # 'stage.output'
@@ -242,6 +226,24 @@ class Session:
         return self.outputs[stage][output]
 
 # %% ../nbs/60_pipeline.ipynb #60-pipeline-18
+def _kernel_variables(
+    settings: Settings,
+) -> dict[str, str]:  # name → value
+    "Say what a kernel needs to find the same places."
+    places = {"ROOT": settings.root, "ENVIRONMENT": settings.environment, "HOME": settings.home}
+    places |= {"DATABASE_URL": settings.database_url, "ARTIFACTS_URL": settings.artifacts_url}
+    return {f"WORKBENCH_{name}": str(place) for name, place in places.items() if place}
+
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-19
+def _note(
+    session: Session,
+    stage: str,  # its name
+    **columns: Any,  # of exp.run_stages
+) -> None:
+    "Write what is known about a stage."
+    note_stage(session.store, session.run_id, stage, session.pipeline.position(stage), columns)
+
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-20
 def run_stage(
     session: Session,
     stage: Stage,
@@ -255,11 +257,11 @@ def run_stage(
     tags |= {"workbench.stage": stage.name, "workbench.run": session.run_id}
     run = start_run(session.tracking, session.pipeline.name, stage.name, tags, session.parent)
     begun, notebook = monotonic(), str(executed.relative_to(session.settings.home))
-    session.note(stage.name, status="running", started_at=utc_now(), mlflow_run_id=run.run_id, notebook=notebook)
+    _note(session, stage.name, status="running", started_at=utc_now(), mlflow_run_id=run.run_id, notebook=notebook)
     session.say(f"{stage.name} …")
     error = None
     try:
-        variables = session.variables | {"WORKBENCH_MLFLOW_RUN": run.run_id}
+        variables = _kernel_variables(session.settings) | {"WORKBENCH_MLFLOW_RUN": run.run_id}
         outputs = execute_notebook(stage.notebook, executed, parameters, variables)
         _keep(session, run, executed)
     except BaseException as raised:
@@ -268,11 +270,11 @@ def run_stage(
         _fail_stage(session, stage.name, run, executed, error, monotonic() - begun)
         raise error
     end_run(run)
-    session.note(stage.name, status="finished", seconds=monotonic() - begun, outputs=outputs)
+    _note(session, stage.name, status="finished", seconds=monotonic() - begun, outputs=outputs)
     session.say(f"{stage.name} finished in {monotonic() - begun:.1f} s: {brief(outputs)}")
     return outputs
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-19
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-21
 def brief(
     outputs: Mapping[str, Any],  # of a stage
 ) -> str:  # the values that fit on a line
@@ -280,7 +282,7 @@ def brief(
     short = {k: v for k, v in outputs.items() if isinstance(v, str | int | float | bool) and len(str(v)) <= 40}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-20
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-22
 def _keep(
     session: Session,
     run: Run,
@@ -294,7 +296,7 @@ def _keep(
         lock.write_text(environment_lock())
     log_file(run, lock)
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-21
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-23
 def _fail_stage(
     session: Session,
     stage: str,  # its name
@@ -304,7 +306,7 @@ def _fail_stage(
     seconds: float,  # that it took until then
 ) -> None:
     "Record that a stage did not finish, keeping its partial notebook."
-    session.note(stage, status=error.status, seconds=seconds, error=str(error))
+    _note(session, stage, status=error.status, seconds=seconds, error=str(error))
     try:
         log_tags(run, {"workbench.error": str(error)[:5000]})
         end_run(run, "KILLED" if error.status == "cancelled" else "FAILED")
@@ -312,7 +314,7 @@ def _fail_stage(
     except Exception as second:  # a full disk, for one: the first error is the one to tell
         session.say(f"the partial notebook could not be kept as artefact: {' '.join(str(second).split())}")
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-23
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-25
 @contextmanager
 def _open_session(
     pipeline: Pipeline,
@@ -341,7 +343,7 @@ def _open_session(
         finally:
             end_run(parent, {"cancelled": "KILLED", "failed": "FAILED"}.get(session.status, "FINISHED"))
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-24
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-26
 def _run_stages(
     session: Session,
     stages: Sequence[Stage],
@@ -351,13 +353,13 @@ def _run_stages(
     for stage in stages:
         if stage.when and not session.value(stage.when):
             session.status = "refused"
-            session.note(stage.name, status="skipped", error=f"{stage.when} is not true")
+            _note(session, stage.name, status="skipped", error=f"{stage.when} is not true")
             session.say(f"{stage.name} skipped: {stage.when} is not true")
             return
         session.outputs[stage.name] = run_stage(session, stage, checked[stage.name])
     session.status = "finished"
 
-# %% ../nbs/60_pipeline.ipynb #60-pipeline-25
+# %% ../nbs/60_pipeline.ipynb #60-pipeline-27
 def run_pipeline(
     pipeline: Pipeline,
     settings: Settings,

@@ -17,7 +17,8 @@ import numpy as np
 from .artifact import written_whole
 from .base import Base, quiet, read_base
 from .model import Encoder
-from .training import Progress, collate
+from .progress import Progress
+from .training import collate
 
 # %% ../nbs/25_pretraining.ipynb #25-pretraining-06
 @dataclass(frozen=True)

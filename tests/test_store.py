@@ -18,25 +18,20 @@ import psycopg
 import pytest
 from conftest import execute, with_database
 
-from mlops_workbench import store as room
+from mlops_workbench import server as room
 from mlops_workbench.core import WorkbenchError, as_utc
+from mlops_workbench.server import ServerStatus, enter_server, leave_server, server_status, start_server, stop_server
 from mlops_workbench.settings import Settings
 from mlops_workbench.store import (
     Migration,
-    ServerStatus,
     Store,
     advisory_lock,
     apply_migrations,
     connect,
-    enter_server,
-    leave_server,
     open_store,
     read_migrations,
     read_rows,
     read_table,
-    server_status,
-    start_server,
-    stop_server,
     transaction,
     write_rows,
 )
@@ -302,7 +297,7 @@ def test_a_first_start_killed_at_any_time(tmp_path, seconds):
 
 def test_interrupt_while_starting_leaves_no_server(home):
     text = OPEN.replace(
-        "store = ", "from mlops_workbench import store as room\nroom._is_ready = lambda home: False\nstore = "
+        "store = ", "from mlops_workbench import server as room\nroom._is_ready = lambda home: False\nstore = "
     )
     process = python(text, home)
     wait_until(lambda: postmaster(home))
@@ -420,7 +415,7 @@ def test_root_starts_below_a_private_folder_and_opens_nothing(tmp_path):
     else:
         variables = {}
     home = private / "home"
-    text = OPEN + "from mlops_workbench.store import server_status\nprint(server_status(Path(sys.argv[1])).running)"
+    text = OPEN + "from mlops_workbench.server import server_status\nprint(server_status(Path(sys.argv[1])).running)"
     for _ in range(2):
         assert finish(python(text, home, env=os.environ | variables)) == "True\n"
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
