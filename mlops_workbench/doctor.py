@@ -19,7 +19,7 @@ from .base import device
 from .core import WorkbenchError
 from .settings import Settings, read_settings
 from .store import open_store, read_rows, transaction
-from .tracking import open_tracking
+from .tracking import check_place, open_tracking
 
 # %% ../nbs/59_doctor.ipynb #59-doctor-06
 @dataclass(frozen=True)
@@ -96,7 +96,15 @@ def _look_at_torch() -> str:
     "See what torch computes on."
     return f"torch {version('torch')} on {device()}, {os.cpu_count()} CPU cores"
 
-# %% ../nbs/59_doctor.ipynb #59-doctor-13
+# %% ../nbs/59_doctor.ipynb #59-doctor-12
+def _look_at_artifacts(
+    settings: Settings,
+) -> str:
+    "See whether the place for artefacts is of a kind that can be used."
+    check_place(settings.artifacts)
+    return settings.artifacts
+
+# %% ../nbs/59_doctor.ipynb #59-doctor-14
 def examine() -> list[Finding]:
     "Look at everything."
     found = [
@@ -106,6 +114,11 @@ def examine() -> list[Finding]:
     if not found[-1].fine:
         return found
     settings = read_settings()
-    looks = {"disk": _look_at_disk, "packages": _look_at_packages, "database": _look_at_store}
+    looks = {
+        "disk": _look_at_disk,
+        "artefacts": _look_at_artifacts,
+        "packages": _look_at_packages,
+        "database": _look_at_store,
+    }
     found += [look_at(name, lambda look=look: look(settings)) for name, look in looks.items()]
     return [*found, look_at("torch", _look_at_torch)]

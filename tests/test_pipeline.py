@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -128,6 +129,22 @@ def test_values_flow_and_everything_is_recorded(project, store, tmp_path):
         assert read_artifact(open_tracking(store, settings), stage["mlflow_run_id"], name, tmp_path / "got").is_file()
     again = run_pipeline(read_pipeline(project, "sums"), settings, start="show", say=lambda line: None)
     assert [s["name"] for s in again["stages"]] == ["show"]
+
+
+def test_artefacts_go_to_any_place_that_fsspec_knows(project, store, tmp_path):
+    settings = replace(settings_of(project, store), artifacts_url=f"local://{tmp_path}/far")
+    done = run_pipeline(read_pipeline(project, "sums", overrides=["add.b=4"]), settings, say=lambda line: None)
+    tracking = open_tracking(store, settings)
+    copy = read_artifact(tracking, done["stages"][0]["mlflow_run_id"], "notebook/0-add.ipynb", tmp_path / "near")
+    assert json.loads(copy.read_text())["cells"]
+    assert list((tmp_path / "far").rglob("0-add.ipynb"))
+
+
+def test_a_place_that_nobody_knows_is_refused_before_the_run(project, store):
+    settings = replace(settings_of(project, store), artifacts_url="carrier-pigeon://coop")
+    with pytest.raises(WorkbenchError, match="its kind is 'carrier-pigeon'"):
+        run_pipeline(read_pipeline(project, "sums"), settings, say=lambda line: None)
+    assert read_runs(store) == []
 
 
 def test_a_failing_cell_is_named_and_its_notebook_kept(project, store):
