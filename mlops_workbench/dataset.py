@@ -279,4 +279,5 @@ def plot_dataset(
     axes.set(xlabel="week of the decision", ylabel="examples")
     axes.legend(ncols=3, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.2))
     axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)  # else a notebook shows it twice
     return figure

@@ -253,9 +253,9 @@ def plot_evidence(
     evidence: Sequence[Evidence],  # at least one
 ) -> Any:  # matplotlib Figure
     "Draw candidate and baseline with their intervals, one row per metric."
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
-    figure = Figure(figsize=(6, 0.6 + 0.75 * len(evidence)), layout="constrained")
+    figure = plt.figure(figsize=(6, 0.6 + 0.75 * len(evidence)), layout="constrained")
     axes = figure.subplots(len(evidence), 1, squeeze=False)[:, 0]
     for ax, e in zip(axes, evidence, strict=True):
         for y, (found, colour) in enumerate(((e.baseline, "tab:gray"), (e.candidate, "tab:blue"))):
@@ -269,4 +269,5 @@ def plot_evidence(
         ax.set_ylim(-0.6, 1.6)
         ax.set_title(f"{name}, {'higher' if e.metric.higher_is_better else 'lower'} is better", fontsize=8, loc="left")
         ax.tick_params(axis="x", labelsize=8)
+    plt.close(figure)  # else a notebook shows it twice
     return figure

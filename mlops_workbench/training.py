@@ -353,9 +353,9 @@ def plot_loss(
     history: pd.DataFrame,  # step, loss, validation_loss
 ) -> Any:  # matplotlib figure
     "Draw the losses of a run."
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
-    figure = Figure(figsize=(6, 3), dpi=80, layout="constrained")
+    figure = plt.figure(figsize=(6, 3), dpi=80, layout="constrained")
     axes = figure.subplots()
     for name, style in (("loss", "-"), ("validation_loss", "o--")):
         measured = history.dropna(subset=name)
@@ -363,4 +363,5 @@ def plot_loss(
     axes.set(xlabel="optimiser step", ylabel="cross-entropy (nats per token)")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)  # else a notebook shows it twice
     return figure

@@ -86,6 +86,15 @@ def test_the_loop_ends_in_production_with_everything_recorded(looped):
     assert (model["digest"], model["dataset_fingerprint"]) == (outputs["digest"], outputs["fingerprint"])
 
 
+def test_executed_notebooks_hold_a_picture_and_no_noise(looped):
+    for stage in looped.json("show")["stages"]:
+        cells = json.loads((looped.home / stage["notebook"]).read_text())["cells"]
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        assert not [o for o in outputs if o.get("name") == "stderr"], f"{stage['name']} wrote to stderr"
+        if stage["name"] != "promote":
+            assert [o for o in outputs if "image/png" in o.get("data", {})], f"{stage['name']} shows no picture"
+
+
 def test_the_system_respects_every_constraint_and_tuning_helps(looped):
     outputs = looped.outputs()
     judged = {c["metric"]: c["outcome"] for c in outputs["judged"]["criteria"]}
