@@ -29,6 +29,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlops_workbench.base.resolve_base': ('base.html#resolve_base', 'mlops_workbench/base.py')},
             'mlops_workbench.cli': { 'mlops_workbench.cli._embedded_home': ('cli.html#_embedded_home', 'mlops_workbench/cli.py'),
                                      'mlops_workbench.cli._run': ('cli.html#_run', 'mlops_workbench/cli.py'),
+                                     'mlops_workbench.cli._run_server': ('cli.html#_run_server', 'mlops_workbench/cli.py'),
                                      'mlops_workbench.cli._summary': ('cli.html#_summary', 'mlops_workbench/cli.py'),
                                      'mlops_workbench.cli._tell': ('cli.html#_tell', 'mlops_workbench/cli.py'),
                                      'mlops_workbench.cli._twice': ('cli.html#_twice', 'mlops_workbench/cli.py'),

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -229,20 +230,38 @@ def mlflow(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
 ) -> None:
     "Open MLflow's own interface on this workbench."
-    import subprocess
-
+    from mlops_workbench.engine import interruptible
     from mlops_workbench.store import open_store
     from mlops_workbench.tracking import open_tracking, ui_command
 
     settings = read_settings()
-    with open_store(settings) as store:
+    with interruptible(), open_store(settings) as store:
         command, variables = ui_command(open_tracking(store, settings), host, port)
         print(f"MLflow at http://{host}:{port} (Ctrl-C stops it)", flush=True)
-        code = subprocess.run(command, env=os.environ | variables).returncode
+        code = _run_server(command, variables)
     if code:
         raise WorkbenchError(f"MLflow's server stopped with code {code}: is port {port} free?")
 
-# %% ../nbs/63_cli.ipynb #63-cli-23
+# %% ../nbs/63_cli.ipynb #63-cli-22
+def _run_server(
+    command: Sequence[str],  # what to run
+    variables: Mapping[str, str],  # added to the environment
+) -> int:  # exit code; 0 when it was interrupted
+    "Run a server until it ends or is interrupted, and take its workers down with it."
+    import signal
+    import subprocess
+
+    server = subprocess.Popen(command, env=os.environ | variables, start_new_session=True)
+    try:
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+# %% ../nbs/63_cli.ipynb #63-cli-24
 base = typer.Typer(no_args_is_help=True, help="Base models that the workbench builds itself.")
 examples = typer.Typer(no_args_is_help=True, help="Public data that the examples learn from.")
 app.add_typer(base, name="base")
@@ -265,7 +284,7 @@ def build(
     built = build_base(the_task, target)
     print(f"shipped {resolve_base(the_task.base).digest}\nbuilt   {built.digest}  in {target}")
 
-# %% ../nbs/63_cli.ipynb #63-cli-24
+# %% ../nbs/63_cli.ipynb #63-cli-25
 @examples.command()
 def fetch(
     task: Annotated[str, typer.Argument(help="Module of the task.")] = "mlops_workbench.recommender",
@@ -278,7 +297,7 @@ def fetch(
         raise ValueError(f"{task} has no data to fetch: it makes its own")
     print(module.fetch_examples(read_settings()))
 
-# %% ../nbs/63_cli.ipynb #63-cli-26
+# %% ../nbs/63_cli.ipynb #63-cli-27
 @app.command()
 def doctor(
     json_: Json = False,
@@ -294,7 +313,7 @@ def doctor(
     if not all(f.fine for f in found):
         raise typer.Exit(1)
 
-# %% ../nbs/63_cli.ipynb #63-cli-28
+# %% ../nbs/63_cli.ipynb #63-cli-29
 @app.command()
 def demo(
     profile: Annotated[str, typer.Option(help="full, or smoke for a quick look.")] = "full",
@@ -316,7 +335,7 @@ def demo(
         "\nNext: `make lab` opens the evaluation dashboard, `workbench mlflow` shows every run, `workbench show` the last one."
     )
 
-# %% ../nbs/63_cli.ipynb #63-cli-29
+# %% ../nbs/63_cli.ipynb #63-cli-30
 def _twice(
     settings: Settings,
 ) -> dict[str, str]:  # fingerprint of the dataset and digest of the model
@@ -331,7 +350,7 @@ def _twice(
     outputs = {k: v for stage in done["stages"] for k, v in stage["outputs"].items()}
     return {"dataset fingerprint": outputs["fingerprint"], "model digest": outputs["digest"]}
 
-# %% ../nbs/63_cli.ipynb #63-cli-31
+# %% ../nbs/63_cli.ipynb #63-cli-32
 def main() -> None:
     "Run the command, turning errors into one line and an exit code."
     debug = "--debug" in sys.argv
@@ -349,7 +368,7 @@ def main() -> None:
         code = _tell(error)
     sys.exit(code or 0)
 
-# %% ../nbs/63_cli.ipynb #63-cli-32
+# %% ../nbs/63_cli.ipynb #63-cli-33
 def _tell(
     error: Exception,
 ) -> int:  # exit code
