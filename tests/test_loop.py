@@ -219,8 +219,9 @@ def test_ctrl_c_in_each_stage_leaves_nothing_and_the_next_run_works(looped, stag
     assert looped.json("show")["status"] == "cancelled"
     if stage in ("prep", "train"):
         assert [(m["version"], m["stage"]) for m in looped.json("models")] == models
-    looped.run(*SMOKE, "--from", "evaluate")
-    assert [m["stage"] for m in looped.json("models")].count("production") == 1
+    if stage in ("evaluate", "promote"):  # the test after these runs all stages again
+        looped.run(*SMOKE, "--from", "evaluate")
+        assert [m["stage"] for m in looped.json("models")].count("production") == 1
 
 
 def test_kill_9_during_train_registers_nothing_and_the_next_run_works(looped):
