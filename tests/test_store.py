@@ -441,7 +441,8 @@ def test_an_ordinary_user(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     os.chown(home, 65534, 65534)
-    words = "setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_override --ambient-caps=+dac_override"
+    words = "setpriv --reuid=65534 --regid=65534 --clear-groups --securebits=+no_setuid_fixup"
+    words += " --inh-caps=+dac_override --ambient-caps=+dac_override"
     for _ in range(2):
         finish(python(OPEN, home, env=os.environ | {"HOME": str(home)}, become=words.split()))
     assert {p.stat().st_uid for p in home.rglob("*")} == {65534}
