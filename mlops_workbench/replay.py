@@ -8,6 +8,7 @@ __all__ = ['SYSTEM_METRICS', 'RulePolicy', 'untuned_predictor', 'parse_examples'
 
 # %% ../nbs/23_replay.ipynb #23-replay-03
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,12 @@ class RulePolicy:
         batch_size: int = 32,  # a rule answers one by one
     ) -> list[Answered]:
         "Answer contexts by the rule."
-        values = [self.task.rule(context) for context in contexts]
-        return [Answered(value, canonical_bytes(value).decode(), 0.0) for value in values]
+        answered = []
+        for context in contexts:
+            start_s = time.perf_counter()
+            value = self.task.rule(context)
+            answered.append(Answered(value, canonical_bytes(value).decode(), (time.perf_counter() - start_s) * 1e3))
+        return answered
 
 # %% ../nbs/23_replay.ipynb #23-replay-07
 def untuned_predictor(
