@@ -7,13 +7,24 @@ __all__ = ['FsspecArtifacts']
 
 # %% ../nbs/06_places.ipynb #06-places-03
 import posixpath
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from mlflow.entities import FileInfo
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 # %% ../nbs/06_places.ipynb #06-places-06
+def _info(
+    folder: str,  # path below the place
+    found: Mapping[str, Any],  # what fsspec says about a file or a folder
+) -> FileInfo:
+    "Say what MLflow wants to know about a file or a folder."
+    name, is_folder = found["name"].rstrip("/").rsplit("/", 1)[-1], found["type"] == "directory"
+    return FileInfo(posixpath.join(folder, name), is_folder, None if is_folder else found.get("size"))
+
+# %% ../nbs/06_places.ipynb #06-places-07
 class FsspecArtifacts(ArtifactRepository):
     "Artefacts below a URL that fsspec understands."
 
@@ -46,14 +57,8 @@ class FsspecArtifacts(ArtifactRepository):
     def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
         "List what is directly below a path; a file lists nothing."
         place = self._place(path)
-        if not self.files.isdir(place):
-            return []
-        found = self.files.ls(place, detail=True)
-        infos = [(i["name"].rstrip("/").rsplit("/", 1)[-1], i["type"] == "directory", i.get("size")) for i in found]
-        return [
-            FileInfo(posixpath.join(path or "", name), folder, None if folder else size)
-            for name, folder, size in sorted(infos)
-        ]
+        found = self.files.ls(place, detail=True) if self.files.isdir(place) else []
+        return sorted((_info(path or "", each) for each in found), key=lambda info: info.path)
 
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
         self.files.get_file(self._place(remote_file_path), local_path)

@@ -86,6 +86,31 @@ def test_the_loop_ends_in_production_with_everything_recorded(looped):
     assert (model["digest"], model["dataset_fingerprint"]) == (outputs["digest"], outputs["fingerprint"])
 
 
+CURVE = """
+import sys
+from mlops_workbench.settings import read_settings
+from mlops_workbench.store import open_store
+from mlops_workbench.tracking import open_tracking, read_history
+settings = read_settings()
+with open_store(settings) as store:
+    curve = read_history(open_tracking(store, settings), sys.argv[1], ["validation_loss"])["validation_loss"].dropna()
+print(curve.iloc[0] > curve.iloc[-1] + 0.05)
+"""
+
+
+def test_the_logged_curve_begins_where_training_began(looped):
+    train = looped.json("show")["stages"][1]
+    read = subprocess.run(
+        [sys.executable, "-c", CURVE, train["mlflow_run_id"]],
+        cwd=ROOT,
+        env=looped.variables,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert read.stdout.strip() == "True", read.stderr[-1000:]
+
+
 def test_executed_notebooks_hold_a_picture_and_no_noise(looped):
     for stage in looped.json("show")["stages"]:
         cells = json.loads((looped.home / stage["notebook"]).read_text())["cells"]
