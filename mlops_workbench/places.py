@@ -49,10 +49,8 @@ class FsspecArtifacts(ArtifactRepository):
     def log_artifacts(self, local_dir: str, artifact_path: str | None = None) -> None:
         "Copy all files below a folder to the place."
         for path in sorted(p for p in Path(local_dir).rglob("*") if p.is_file()):
-            inside = path.parent.relative_to(local_dir).as_posix()
-            self.log_artifact(
-                str(path), posixpath.normpath(posixpath.join(artifact_path or "", inside)).removeprefix(".")
-            )
+            inside = posixpath.join(artifact_path or "", path.parent.relative_to(local_dir).as_posix())
+            self.log_artifact(str(path), posixpath.normpath(inside).removeprefix("."))
 
     def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
         "List what is directly below a path; a file lists nothing."
