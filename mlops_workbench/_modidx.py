@@ -499,6 +499,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlops_workbench.runs.RunStopped': ('runs.html#runstopped', 'mlops_workbench/runs.py'),
                                       'mlops_workbench.runs.RunStopped.__init__': ( 'runs.html#runstopped.__init__',
                                                                                     'mlops_workbench/runs.py'),
+                                      'mlops_workbench.runs._dead_runs': ('runs.html#_dead_runs', 'mlops_workbench/runs.py'),
                                       'mlops_workbench.runs.hold_run': ('runs.html#hold_run', 'mlops_workbench/runs.py'),
                                       'mlops_workbench.runs.last_outputs': ('runs.html#last_outputs', 'mlops_workbench/runs.py'),
                                       'mlops_workbench.runs.note_stage': ('runs.html#note_stage', 'mlops_workbench/runs.py'),

@@ -19,13 +19,20 @@ _RUN = "run_id, pipeline, profile, task, status, started_at, ended_at, parameter
 _STAGE = "run_id, position, name, status, started_at, seconds, mlflow_run_id, notebook, outputs, error"
 
 # %% ../nbs/57_runs.ipynb #57-runs-07
+def _dead_runs(
+    connection: Any,  # inside a transaction
+) -> list[dict[str, Any]]:  # run_id and mlflow_run_id
+    "Find runs that say they are running and whose driver is gone."
+    query = f"SELECT run_id, mlflow_run_id FROM exp.runs WHERE status = 'running' AND {_FREE}"
+    return read_rows(connection, query)
+
+# %% ../nbs/57_runs.ipynb #57-runs-08
 def settle_killed(
     store: Store,
 ) -> list[str]:  # MLflow runs that nobody ended
     "Mark runs whose driver is gone as killed."
     with transaction(store) as connection:
-        dead = f"SELECT run_id, mlflow_run_id FROM exp.runs WHERE status = 'running' AND {_FREE}"
-        gone = read_rows(connection, dead)
+        gone = _dead_runs(connection)
         ids = [row["run_id"] for row in gone]
         change = "UPDATE exp.{} SET status = 'killed', error = 'the driver was killed' "
         change += "WHERE run_id = ANY(%s) AND status = 'running'"
@@ -33,15 +40,15 @@ def settle_killed(
         stages = read_rows(connection, change.format("run_stages") + " RETURNING mlflow_run_id", (ids,))
     return [row["mlflow_run_id"] for row in [*stages, *gone] if row["mlflow_run_id"]]
 
-# %% ../nbs/57_runs.ipynb #57-runs-08
+# %% ../nbs/57_runs.ipynb #57-runs-09
 def read_runs(
     store: Store,
     run_id: str | None = None,  # or a part of one; None reads all
     limit: int = 50,  # newest first
 ) -> list[dict[str, Any]]:  # a run with its stages
     "Read runs and their stages."
-    settle_killed(store)
     with transaction(store) as connection:
+        dead = {row["run_id"] for row in _dead_runs(connection)}
         where = "WHERE %(id)s::text IS NULL OR strpos(run_id, %(id)s) > 0"
         runs = read_rows(
             connection,
@@ -54,9 +61,12 @@ def read_runs(
         )
     for run in runs:
         run["stages"] = [s for s in stages if s["run_id"] == run["run_id"]]
+        for record in (run, *run["stages"]):  # looking changes nothing: the next run ends what a dead driver left
+            if run["run_id"] in dead and record["status"] == "running":
+                record |= {"status": "killed", "error": "the driver was killed"}
     return runs
 
-# %% ../nbs/57_runs.ipynb #57-runs-09
+# %% ../nbs/57_runs.ipynb #57-runs-10
 def last_outputs(
     store: Store,
     pipeline: str,  # name
@@ -79,7 +89,7 @@ def last_outputs(
             found[stage] = rows[0]["outputs"]
     return found
 
-# %% ../nbs/57_runs.ipynb #57-runs-11
+# %% ../nbs/57_runs.ipynb #57-runs-12
 class RunStopped(WorkbenchError):
     "Why a run ended before its last stage, with the status it ends in."
 
@@ -91,7 +101,7 @@ class RunStopped(WorkbenchError):
         super().__init__(message)
         self.status = status
 
-# %% ../nbs/57_runs.ipynb #57-runs-12
+# %% ../nbs/57_runs.ipynb #57-runs-13
 def note_stage(
     store: Store,
     run_id: str,  # of the run
@@ -109,7 +119,7 @@ def note_stage(
             tuple(values.values()),
         )
 
-# %% ../nbs/57_runs.ipynb #57-runs-13
+# %% ../nbs/57_runs.ipynb #57-runs-14
 class RunRecord:
     "A run that is being written: its identifier, and how it will have ended."
 
@@ -119,7 +129,7 @@ class RunRecord:
     ):
         self.run_id, self.status, self.error = run_id, "failed", "the driver stopped"
 
-# %% ../nbs/57_runs.ipynb #57-runs-14
+# %% ../nbs/57_runs.ipynb #57-runs-15
 @contextmanager
 def hold_run(
     store: Store,

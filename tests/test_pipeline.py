@@ -223,3 +223,6 @@ def test_a_killed_driver_is_found_out_and_the_next_run_works(project, store):
     write_notebook(project, "add", "a: int = 1\nb: int = 1", "record_outputs(run, total=6, positive=True)")
     settings = settings_of(project, store)
     assert run_pipeline(read_pipeline(project, "sums"), settings, say=lambda line: None)["status"] == "finished"
+    client = open_tracking(store, settings).client
+    for lost in (run["mlflow_run_id"], run["stages"][0]["mlflow_run_id"]):
+        assert client.get_run(lost).info.status == "KILLED", "MLflow must not say that it is still running"
