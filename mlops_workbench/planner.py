@@ -270,7 +270,6 @@ class Planner:
 
     name = "planner"
     unit_type = "household"
-    answer_noun = "plan"
     base = "planner-base"  # built and pre-trained by the workbench from `generic_examples`
     prompt_format = "planner-json-v1"
     metrics = METRICS

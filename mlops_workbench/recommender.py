@@ -292,7 +292,6 @@ class Recommender:
 
     name = "recommender"
     unit_type = "profile"
-    answer_noun = "recommendation"
     metrics = METRICS
     criteria = CRITERIA
     rule = staticmethod(rule)
