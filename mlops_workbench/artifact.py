@@ -101,6 +101,14 @@ def read_record(
     return ModelRecord(**found)
 
 # %% ../nbs/19_artifact.ipynb #19-artifact-12
+def _is_full(
+    error: Exception,  # raised while something was written
+) -> bool:
+    "Tell whether a disk or a quota is full."
+    said = ("No space left", "PytorchStreamWriter failed", "unexpected pos")  # the latter are torch's words for it
+    return getattr(error, "errno", None) in (28, 122) or any(words in str(error) for words in said)
+
+# %% ../nbs/19_artifact.ipynb #19-artifact-13
 @contextmanager
 def written_whole(
     folder: Path,  # where the result will be
@@ -115,7 +123,7 @@ def written_whole(
         yield workspace
         os.replace(workspace / "model", folder)
     except Exception as error:
-        if getattr(error, "errno", None) in (28, 122) or "No space left" in str(error):
+        if _is_full(error):
             raise WorkbenchError(f"no space left for the model in {folder.parent}: free some and train again") from None
         raise
     finally:

@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['WorkbenchError', 'nearest', 'utc_now', 'as_utc', 'canonical_bytes', 'digest', 'digest_file', 'digest_folder',
-           'new_id', 'stable_id', 'Parameter', 'read_parameters', 'check_parameters']
+           'new_id', 'stable_id', 'Range', 'read_range', 'Parameter', 'read_parameters', 'describe_parameters',
+           'check_parameters', 'imported_names', 'check_shadowing']
 
 # %% ../nbs/00_core.ipynb #00-core-03
 import ast
 import difflib
 import hashlib
 import io
+import math
+import re
 import tokenize
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import rfc8785
 import uuid_utils
@@ -112,25 +116,109 @@ def stable_id(
 
 # %% ../nbs/00_core.ipynb #00-core-29
 @dataclass(frozen=True)
+class Range:
+    "Numbers between two bounds."
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False  # True: `low` itself is outside
+    high_open: bool = False  # True: `high` itself is outside
+
+    def __contains__(
+        self,
+        value: float,  # NaN is in no range
+    ) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+    def __str__(self) -> str:
+        return f"{'[('[self.low_open]}{self.low}, {self.high}{'])'[self.high_open]}"
+
+# %% ../nbs/00_core.ipynb #00-core-30
+_NUMBER = r"[-+]?(?:inf|∞|(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+_RANGE = re.compile(rf"(?:^|[\s;,]+)in\s*([\[(])\s*({_NUMBER})\s*,\s*({_NUMBER})\s*([\])])")
+
+
+def read_range(
+    comment: str,  # what stands behind the assignment
+) -> tuple[Range | None, str]:  # the range, and the comment without it
+    "Read the range that a comment states, such as `in [1, 512]`; any other comment states none."
+    found = _RANGE.search(comment)
+    if found is None:
+        return None, comment
+    left, *bounds, right = found.groups()
+    bounds = [b.lower().replace("∞", "inf") for b in bounds]
+    low, high = (float(b) if set(b) & set(".einf") else int(b) for b in bounds)
+    stated = Range(low, high, left == "(", right == ")")
+    if low > high or (low == high and low not in stated):
+        raise ValueError(f"no number is in {stated}: write the lower bound first, such as 'in [1, 512]'")
+    return stated, _RANGE.sub("", comment, count=1).strip(" ;,")
+
+# %% ../nbs/00_core.ipynb #00-core-34
+@dataclass(frozen=True)
 class Parameter:
     "A named, typed value that a notebook lets its caller choose."
 
     name: str  # a Python identifier
     type: Any  # a Python type, such as `int`, `str | None` or `Literal["lora", "full"]`
     default: Any  # used when the caller gives nothing
-    help: str = ""  # the comment behind the assignment
+    help: str = ""  # the comment behind the assignment, without its range
+    range: Range | None = None  # of a number; None is any
 
-# %% ../nbs/00_core.ipynb #00-core-30
-_TYPES = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "bool": bool,
-    "list": list,
-    "dict": dict,
-    "Literal": Literal,
-    "None": None,
-}
+    @property
+    def members(self) -> tuple[Any, ...]:  # of a union: its types; else the type alone
+        "List the types that a value may have."
+        return get_args(self.type) if get_origin(self.type) in (Union, UnionType) else (self.type,)
+
+    @property
+    def choices(self) -> tuple[Any, ...]:  # empty: any value of the type
+        "List the only values there are."
+        return tuple(c for m in self.members if get_origin(m) is Literal for c in get_args(m))
+
+    @property
+    def expected(self) -> str:  # such as 'int in [1, 512]'
+        "Say in words what fits."
+        kind = self.type.__name__ if isinstance(self.type, type) else str(self.type).replace("typing.", "")
+        return f"{kind} in {self.range}" if self.range else kind
+
+# %% ../nbs/00_core.ipynb #00-core-36
+def _typed(
+    parameter: Parameter,
+    value: Any,
+    where: str,  # named in the message
+) -> Any:  # the value
+    "Check a value's type."
+    if any(type(value) is (type(None) if m is None else m) for m in parameter.members):
+        return value
+    if any(type(value) is type(c) and value == c for c in parameter.choices):
+        return value
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(parameter.type).validate_python(value, strict=True)
+    except ValidationError as error:
+        found = f"{value!r} ({type(value).__name__})"
+        told = f"{where}: {parameter.name} is {found}, expected {parameter.expected}: {error.errors()[0]['msg']}"
+        raise ValueError(told) from None
+
+# %% ../nbs/00_core.ipynb #00-core-37
+def _fitting(
+    parameter: Parameter,
+    value: Any,
+    where: str,  # named in the message
+) -> Any:  # the value
+    "Check a value's type and range."
+    value = _typed(parameter, value, where)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {parameter.name} is {value}, expected {parameter.expected}: write a finite number")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and parameter.range and value not in parameter.range:
+        meaning = parameter.help or "choose a value within it"
+        raise ValueError(f"{where}: {parameter.name} is {value!r}, expected {parameter.expected}: {meaning}")
+    return value
+
+# %% ../nbs/00_core.ipynb #00-core-38
+_TYPES = {t.__name__: t for t in (int, float, str, bool, list, dict)} | {"Literal": Literal, "None": None}
 
 
 def _declared(
@@ -138,46 +226,124 @@ def _declared(
     comments: Mapping[int, str],  # line number → comment
 ) -> Parameter:
     "Read one annotated assignment."
-    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value is not None:
-        kind = eval(compile(ast.Expression(statement.annotation), "parameters", "eval"), {"__builtins__": {}}, _TYPES)
-        return Parameter(
-            statement.target.id, kind, ast.literal_eval(statement.value), comments.get(statement.end_lineno, "")
+    line, told = f"line {statement.lineno} of the parameters cell", ast.unparse(statement)
+    if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value):
+        raise ValueError(
+            f"{line} is {told!r}: write one annotated assignment a line, such as 'rank: int = 16  # LoRA rank'"
         )
-    raise ValueError(
-        f"line {statement.lineno} of the parameters cell is {ast.unparse(statement)!r}: "
-        "write one annotated assignment a line, such as 'rank: int = 16  # LoRA rank'"
-    )
+    try:
+        kind = eval(compile(ast.Expression(statement.annotation), "parameters", "eval"), {"__builtins__": {}}, _TYPES)
+    except (NameError, TypeError, AttributeError):
+        raise ValueError(f"{line} is {told!r}, of a type that is not known here: use {', '.join(_TYPES)}") from None
+    try:
+        default = ast.literal_eval(statement.value)
+    except ValueError:
+        raise ValueError(
+            f"{line} is {told!r}: its default is not a plain value, and the cell is read, never run"
+        ) from None
+    lines = range(statement.lineno, statement.end_lineno + 1)
+    stated, text = read_range(" ".join(comments[n] for n in lines if n in comments))
+    parameter = Parameter(statement.target.id, kind, default, text)
+    if stated and {int, float} & {m for m in parameter.members if isinstance(m, type)}:
+        parameter = replace(parameter, range=stated)
+    _fitting(parameter, default, f"default on {line}")
+    return parameter
 
-# %% ../nbs/00_core.ipynb #00-core-31
+# %% ../nbs/00_core.ipynb #00-core-39
 def read_parameters(
     source: str,  # the text of the cell tagged `parameters`
 ) -> tuple[Parameter, ...]:  # in the order of the cell
     "Read the schema that a parameters cell declares, without running it."
+    try:
+        statements = [s for s in ast.parse(source).body if not isinstance(s, ast.Import | ast.ImportFrom)]
+    except SyntaxError as error:
+        raise ValueError(f"line {error.lineno} of the parameters cell is not Python: {error.msg}") from None
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
-    statements = [s for s in ast.parse(source).body if not isinstance(s, ast.Import | ast.ImportFrom)]
-    return tuple(_declared(s, comments) for s in statements)
+    found = tuple(_declared(s, comments) for s in statements)
+    names = [p.name for p in found]
+    if twice := next((n for n in names if names.count(n) > 1), None):
+        raise ValueError(f"the parameters cell declares {twice!r} twice: keep one of them")
+    return found
 
-# %% ../nbs/00_core.ipynb #00-core-33
+# %% ../nbs/00_core.ipynb #00-core-40
+def describe_parameters(
+    parameters: Iterable[Parameter],  # of one notebook
+) -> list[dict[str, Any]]:  # rows of name, type, default, range, choices, help; what JSON can say
+    "Write a schema as rows, for a person or a program to read."
+
+    def kinds(parameter: Parameter) -> str:
+        names = ["None" if m is None else getattr(m, "__name__", str(m)) for m in parameter.members]
+        names = [n for n, m in zip(names, parameter.members, strict=True) if get_origin(m) is not Literal]
+        return " | ".join(dict.fromkeys([*(type(c).__name__ for c in parameter.choices), *names])).replace(
+            "NoneType", "None"
+        )
+
+    return [
+        {
+            "name": p.name,
+            "type": kinds(p),
+            "default": p.default,
+            "range": str(p.range or ""),
+            "choices": list(p.choices),
+            "help": p.help,
+        }
+        for p in parameters
+    ]
+
+# %% ../nbs/00_core.ipynb #00-core-42
 def check_parameters(
     parameters: Iterable[Parameter],  # what exists
     values: Mapping[str, Any],  # what the caller gives
     where: str = "parameters",  # named in the message, such as "stage 'train'"
 ) -> dict[str, Any]:  # every parameter, defaults filled in
-    "Check names and types of `values`, and fill in the defaults."
-    from pydantic import TypeAdapter, ValidationError
-
+    "Check names, types and ranges of `values`, and fill in the defaults."
     known = {p.name: p for p in parameters}
     for name in values:
         if name not in known:
             raise ValueError(f"{where} has no parameter {name!r}: {nearest(name, known)}")
     checked = {p.name: p.default for p in known.values()}
-    for name, value in values.items():
-        try:
-            checked[name] = TypeAdapter(known[name].type).validate_python(value, strict=True)
-        except ValidationError as error:
-            kind = known[name].type
-            expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-            found = f"{value!r} ({type(value).__name__})"
-            raise ValueError(f"{where}: {name} is {found}, expected {expected}: {error.errors()[0]['msg']}") from None
-    return checked
+    return checked | {name: _fitting(known[name], value, where) for name, value in values.items()}
+
+# %% ../nbs/00_core.ipynb #00-core-48
+def _statements(
+    source: str,  # one code cell, magics and all
+) -> list[ast.AST]:  # empty for a cell in another language
+    "Parse what is Python in a cell."
+    if re.match(r"\s*%%(?!time|capture|prun)", source):
+        return []
+    source = re.sub(r"^(\s*)[%!?].*$", r"\1pass", source, flags=re.M)
+    try:
+        return list(ast.walk(ast.parse(source)))
+    except SyntaxError:  # the notebook itself will say so
+        lines = (line.strip() for line in source.splitlines())
+        parts = [line for line in lines if re.match(r"(import|from)\s[^(]+$", line)]
+        return _statements("\n".join(parts)) if parts and "\n".join(parts) != source else []
+
+# %% ../nbs/00_core.ipynb #00-core-49
+def imported_names(
+    sources: Iterable[str],  # code cells
+) -> dict[str, str]:  # name → the module it stands for
+    "List the names that code imports, and the packages that it imports them from."
+    found = {}
+    for node in (n for source in sources for n in _statements(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found |= {alias.name.split(".")[0]: alias.name, alias.asname or alias.name.split(".")[0]: alias.name}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found[node.module.split(".")[0]] = node.module
+    return found
+
+# %% ../nbs/00_core.ipynb #00-core-50
+def check_shadowing(
+    parameters: Iterable[Parameter],  # of a notebook
+    sources: Iterable[str],  # its code cells
+    where: str = "parameters",  # named in the message, such as "stage 'train'"
+) -> None:
+    "Refuse a parameter that would hide something the notebook imports."
+    taken = imported_names(sources)
+    for parameter in parameters:
+        if parameter.name in taken:
+            told = f"{where}: parameter {parameter.name!r} hides {taken[parameter.name]!r}, which the notebook imports"
+            raise ValueError(f"{told}: give the parameter another name")

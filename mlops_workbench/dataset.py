@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'typed_examples', 'Split', 'plan_split', 'split_examples', 'fingerprint', 'DatasetVersion',
-           'describe_dataset', 'write_dataset', 'freeze_dataset', 'read_dataset', 'newest_dataset', 'plot_dataset']
+           'describe_dataset', 'write_dataset', 'dataset_place', 'publish_dataset', 'fetch_dataset', 'freeze_dataset',
+           'read_dataset', 'newest_dataset', 'plot_dataset']
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-03
 import hashlib
@@ -12,15 +13,18 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 
-from .core import WorkbenchError, as_utc, canonical_bytes
+from .core import WorkbenchError, as_utc, canonical_bytes, digest_file, new_id
 from .settings import Settings
 from .store import Store, read_rows, transaction, write_rows
 
@@ -196,7 +200,105 @@ def write_dataset(
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-22
+# %% ../nbs/13_dataset.ipynb #13-dataset-23
+_FILES = ("data.parquet", "summary.md", "schema.json")
+_NOTE = "stored.json"  # written last: file → digest
+
+
+def dataset_place(
+    settings: Settings,
+    task: str,  # the task's name
+    version: str,  # such as 'd-7f3a0c1b2d4e'
+) -> str:  # folder or fsspec URL
+    "Say where the artefact store keeps a dataset version."
+    return f"{settings.artifacts.rstrip('/')}/datasets/{task}/{version}"
+
+# %% ../nbs/13_dataset.ipynb #13-dataset-24
+def _stored(
+    files: Any,  # fsspec file system
+    folder: str,  # of a version in it
+) -> dict[str, Any]:  # file → digest and size; empty when the version is not there, or not whole
+    "Read what the artefact store holds of a dataset version."
+    try:
+        note = json.loads(files.cat_file(f"{folder}/{_NOTE}"))
+        return note if all(files.size(f"{folder}/{name}") == known["size"] for name, known in note.items()) else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+@contextmanager
+def _reaching(
+    settings: Settings,
+) -> Iterator[None]:
+    "Tell in one line what goes wrong with the artefact store."
+    try:
+        yield
+    except WorkbenchError:
+        raise
+    except Exception as error:  # every kind of place raises its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WorkbenchError(f"the artefact store {settings.artifacts} cannot be used: {reason[:300]}") from error
+
+# %% ../nbs/13_dataset.ipynb #13-dataset-25
+def _put(
+    files: Any,  # fsspec file system
+    source: Path,  # a file
+    target: str,  # path in the file system
+) -> None:
+    "Copy a file to the artefact store; in a folder of the same disk, link it."
+    if "file" not in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,)):
+        return files.put_file(str(source), target)
+    beside = Path(f"{target}.{new_id()}")
+    try:
+        os.link(source, beside)
+    except OSError:  # another disk
+        shutil.copyfile(source, beside)
+    os.replace(beside, target)
+
+# %% ../nbs/13_dataset.ipynb #13-dataset-26
+def publish_dataset(
+    settings: Settings,
+    dataset: DatasetVersion,  # written below `settings.home`
+) -> bool:  # False: it was there
+    "Keep a dataset version in the artefact store; what is there already is left alone."
+    with _reaching(settings):
+        files, folder = fsspec.core.url_to_fs(dataset_place(settings, dataset.task, dataset.version))
+        if _stored(files, folder):
+            return False
+        note = {n: {"sha256": digest_file(dataset.path / n), "size": (dataset.path / n).stat().st_size} for n in _FILES}
+        files.makedirs(folder, exist_ok=True)
+        for name in _FILES:
+            _put(files, dataset.path / name, f"{folder}/{name}")
+        files.pipe_file(f"{folder}/{_NOTE}", json.dumps(note).encode())
+    return True
+
+# %% ../nbs/13_dataset.ipynb #13-dataset-27
+def fetch_dataset(
+    settings: Settings,
+    task: str,  # the task's name
+    version: str,  # such as 'd-7f3a0c1b2d4e'
+) -> bool:  # False: the artefact store has none
+    "Bring a dataset version from the artefact store, all of it or nothing."
+    path = settings.home / "datasets" / task / version
+    with _reaching(settings):
+        files, folder = fsspec.core.url_to_fs(dataset_place(settings, task, version))
+        if not (note := _stored(files, folder)):
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".fetching-", dir=path.parent))
+        try:
+            for name in note:
+                files.get_file(f"{folder}/{name}", str(beside / name))
+            if damaged := [n for n, known in note.items() if digest_file(beside / n) != known["sha256"]]:
+                raise WorkbenchError(f"{damaged[0]} in {folder} is damaged: remove it and run the prep stage again")
+            beside.chmod(0o755)
+            with suppress(OSError):  # another process was faster
+                os.rename(beside, path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return True
+
+# %% ../nbs/13_dataset.ipynb #13-dataset-28
 def freeze_dataset(
     store: Store,
     settings: Settings,
@@ -209,6 +311,7 @@ def freeze_dataset(
     rows = split_examples(typed_examples(examples), split)
     dataset = describe_dataset(rows, task, source, split, settings.home / "datasets")
     write_dataset(rows, dataset)
+    publish_dataset(settings, dataset)
     record = {
         "task": task,
         "version": dataset.version,
@@ -224,7 +327,7 @@ def freeze_dataset(
         write_rows(connection, "exp.datasets", [record], key=("task", "version"))
     return dataset
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-24
+# %% ../nbs/13_dataset.ipynb #13-dataset-30
 def read_dataset(
     settings: Settings,
     task: str,  # the task's name
@@ -233,11 +336,14 @@ def read_dataset(
     "Read a dataset version, refusing one that has changed."
     path = settings.home / "datasets" / task / version
     again = "run the prep stage again to rebuild it"
+    path.is_dir() or fetch_dataset(settings, task, version)
     try:
         schema = json.loads((path / "schema.json").read_text())
         rows = pd.read_parquet(path / "data.parquet")
     except FileNotFoundError:
-        raise WorkbenchError(f"dataset {task}/{version} is not in {path.parent}: {again}") from None
+        raise WorkbenchError(
+            f"dataset {task}/{version} is not in {path.parent} nor in {settings.artifacts}: {again}"
+        ) from None
     except Exception as error:  # pyarrow and json each raise several types for a damaged file
         raise WorkbenchError(f"dataset {task}/{version} cannot be read ({type(error).__name__}): {again}") from error
     found = fingerprint(typed_examples(rows))
@@ -249,7 +355,7 @@ def read_dataset(
     fields = {name: schema[name] for name in DatasetVersion.__dataclass_fields__ if name != "path"}
     return DatasetVersion(**fields, path=path), rows
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-27
+# %% ../nbs/13_dataset.ipynb #13-dataset-36
 def newest_dataset(
     store: Store,
     task: str,  # the task's name
@@ -262,7 +368,7 @@ def newest_dataset(
         raise WorkbenchError(f"task {task!r} has no dataset yet: run the prep stage first")
     return found[0]["version"]
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-31
+# %% ../nbs/13_dataset.ipynb #13-dataset-40
 def plot_dataset(
     rows: pd.DataFrame,  # dataset rows
 ) -> Any:  # matplotlib Figure

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['SYSTEM_METRICS', 'RulePolicy', 'untuned_predictor', 'parse_examples', 'score_answers', 'replay', 'replay_free',
-           'compare_rows']
+           'Crew', 'Shard', 'answer_shard', 'plan_shards', 'SharedPredictor', 'share', 'compare_rows']
 
 # %% ../nbs/23_replay.ipynb #23-replay-03
 import json
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal, Protocol
 
 import pandas as pd
 
 from .core import canonical_bytes
 from .metrics import Metric
-from .model import Answered, base_predictor
+from .model import Answered, LanguageModel, base_predictor
 from .settings import Settings
 from .task import LanguageTask, Task, safe_answer
 
@@ -118,6 +120,116 @@ def replay_free(
     return shares | {f"free_{name}": float(readable[name].mean()) for name in plain if len(readable)}
 
 # %% ../nbs/23_replay.ipynb #23-replay-19
+class Crew(Protocol):
+    "Whoever answers shards elsewhere."
+
+    def size(self) -> int:
+        "Say how many shards could be answered at once, besides the one that stays here."
+
+    def ask(self, shards: Sequence["Shard"], meanwhile: Callable[[], list]) -> list[list]:
+        "Answer shards elsewhere and one here, and return all of them: the one from here first."
+
+
+@dataclass(frozen=True)
+class Shard:
+    "Rows that are answered together."
+
+    by: Literal["generate", "answer"]  # the language model, or the whole predictor
+    arguments: tuple[Any, ...]  # of that function
+
+# %% ../nbs/23_replay.ipynb #23-replay-20
+def answer_shard(
+    predictor: Any,  # the same as everywhere
+    shard: Shard,
+) -> list:  # in the order of the shard
+    "Answer the rows of a shard."
+    asked = predictor.model.generate if shard.by == "generate" else predictor.answer
+    return asked(*shard.arguments)
+
+
+def plan_shards(
+    order: Sequence[int],  # rows in the order in which they share batches
+    batch_size: int,  # rows answered together
+    n_shards: int,  # at most; a batch is never cut
+) -> list[list[int]]:  # rows of each
+    "Cut rows into shards of whole batches, as equal as can be."
+    n_batches = -(-len(order) // batch_size)
+    cuts = sorted({n_batches * k // n_shards * batch_size for k in range(n_shards + 1)})
+    return [list(order[a:b]) for a, b in pairwise(cuts)]
+
+# %% ../nbs/23_replay.ipynb #23-replay-22
+def _share(
+    crew: Crew,
+    order: Sequence[int],  # rows in the order in which they share batches
+    batch_size: int,  # rows answered together
+    shard: Callable[[list[int]], Shard],  # of these rows
+    here: Callable[..., list],  # answers the arguments of a shard
+) -> list:  # in the order of the rows
+    "Answer rows here and elsewhere."
+    parts = plan_shards(order, batch_size, crew.size() + 1)
+    if len(parts) < 2:
+        return here(*shard(list(range(len(order)))).arguments)
+    first, *others = map(shard, parts)
+    said = crew.ask(others, lambda: here(*first.arguments))
+    by_row = dict(zip((i for part in parts for i in part), (a for part in said for a in part), strict=True))
+    return [by_row[i] for i in range(len(order))]
+
+# %% ../nbs/23_replay.ipynb #23-replay-23
+@dataclass(frozen=True)
+class _SharedModel(LanguageModel):
+    "A language model that answers together with the same one elsewhere."
+
+    crew: Any = None
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        pieces: Sequence | None = None,
+        batch_size: int = 32,
+        max_tokens: int = 256,
+    ) -> list:
+        "Continue each prompt, in the batches that one machine would make."
+        order = sorted(range(len(prompts)), key=lambda i: len(self.encoder.prompt(prompts[i])))
+
+        def shard(rows: list[int]) -> Shard:
+            shapes = pieces and [pieces[i] for i in rows]
+            return Shard("generate", ([prompts[i] for i in rows], shapes, batch_size, max_tokens))
+
+        return _share(self.crew, order, batch_size, shard, super().generate)
+
+# %% ../nbs/23_replay.ipynb #23-replay-24
+@dataclass(frozen=True)
+class SharedPredictor:
+    "A predictor that answers together with the same one elsewhere."
+
+    predictor: Any  # whoever has `answer`
+    crew: Crew
+
+    def answer(
+        self,
+        contexts: Sequence[Mapping],  # what was known, one a row
+        constrained: bool = True,  # False lets a language model say anything
+        batch_size: int = 32,  # rows answered together
+    ) -> list[Answered]:  # in the order of `contexts`
+        "Answer contexts here and elsewhere."
+        if isinstance(model := getattr(self.predictor, "model", None), LanguageModel):
+            shared = _SharedModel(model.model, model.encoder, self.crew)
+            return replace(self.predictor, model=shared).answer(contexts, constrained, batch_size)
+
+        def shard(rows: list[int]) -> Shard:
+            return Shard("answer", ([contexts[i] for i in rows], constrained, batch_size))
+
+        return _share(self.crew, range(len(contexts)), batch_size, shard, self.predictor.answer)
+
+# %% ../nbs/23_replay.ipynb #23-replay-25
+def share(
+    predictor: Any,  # whoever has `answer`
+    crew: Crew | None,  # who helps; None when nobody does
+) -> Any:  # whoever has `answer`
+    "Let a predictor answer together with others; a rule is faster alone."
+    return predictor if crew is None or isinstance(predictor, RulePolicy) else SharedPredictor(predictor, crew)
+
+# %% ../nbs/23_replay.ipynb #23-replay-29
 def compare_rows(
     rows: pd.DataFrame,  # dataset rows
     candidate: pd.DataFrame,  # from `replay`, of the same rows

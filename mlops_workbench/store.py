@@ -22,7 +22,6 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psycopg
 from psycopg import sql as sqltext
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -356,7 +355,7 @@ def read_table(
     store: Store,  # where
     sql: str,  # a query; `$1`, `$2`, … stand for parameters
     parameters: Sequence[Any] = (),  # in order
-) -> pd.DataFrame:  # typed by the columns; times are aware UTC
+) -> Any:  # a pandas DataFrame, typed by the columns; times are aware UTC
     "Read many rows, fast."
     from adbc_driver_manager import OperationalError
     from adbc_driver_postgresql import dbapi

@@ -21,7 +21,16 @@ import pandas as pd
 
 from .artifact import describe_model, save_model, written_whole
 from .base import Base, device, nf4_config, quiet, resolve_base
-from .core import digest_folder
+from mlops_workbench.checkpoint import (
+    checkpoint_keeper,
+    digest_plan,
+    newest_checkpoint,
+    open_checkpoints,
+    read_notes,
+    read_result,
+    tell_once,
+    write_result,
+)
 from .model import Encoder
 from .progress import Progress
 from .settings import Settings
@@ -182,7 +191,7 @@ def _plan_language(
 def _listener(
     progress: Progress,
 ) -> Any:  # TrainerCallback
-    "Tell `progress` what the Trainer measures."
+    "Tell `progress` what the Trainer measures, and have its last step judged too, whatever `evaluate_every` is."
     from transformers import TrainerCallback
 
     class Listener(TrainerCallback):
@@ -194,7 +203,7 @@ def _listener(
             progress(state.global_step, {"validation_loss": float(metrics["eval_loss"])})
 
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step >= state.max_steps:  # the last step is judged too, whatever `evaluate_every` is
+            if state.global_step >= state.max_steps:
                 control.should_evaluate = control.should_save = True
 
     return Listener()
@@ -265,7 +274,8 @@ def _arguments(
     same = {"seed": o.seed, "data_seed": o.seed, "full_determinism": cuda}
     where = {"use_cpu": not cuda, "bf16": plan.dtype == "bfloat16", "dataloader_pin_memory": cuda}
     looks = {"eval_strategy": "steps", "eval_steps": o.evaluate_every}
-    looks |= {"save_strategy": "steps", "save_steps": o.evaluate_every, "save_total_limit": 1, "save_only_model": True}
+    looks |= {"save_strategy": "steps", "save_steps": o.evaluate_every}
+    looks |= {"restore_callback_states_from_checkpoint": True}
     looks |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     quietly = {"report_to": "none", "disable_tqdm": True, "logging_steps": max(1, o.evaluate_every // 4)}
     return TrainingArguments(output_dir=str(folder), **pace, **rows, **same, **where, **looks, **quietly)
@@ -273,21 +283,25 @@ def _arguments(
 # %% ../nbs/22_training.ipynb #22-training-31
 def _tune(
     plan: TrainingPlan,
-    folder: Path,  # for checkpoints, which do not outlive the call
+    checkpoints: Path,  # folder
     progress: Progress,
 ) -> tuple[Any, dict[str, float]]:  # the best model and what was counted
-    "Tune a language model."
+    "Tune a language model, from the newest checkpoint where there is one."
     from transformers import EarlyStoppingCallback, Trainer
     from transformers.trainer_callback import PrinterCallback
 
+    reached = newest_checkpoint(checkpoints)
     model, rows = _prepare_model(plan), {"train_dataset": plan.train, "eval_dataset": plan.validation}
-    listeners = [_listener(progress)]
+    listeners = [_listener(progress), checkpoint_keeper(checkpoints, reached)]
     listeners += [EarlyStoppingCallback(plan.options.patience)] if plan.options.patience else []
-    trainer = Trainer(model, _arguments(plan, folder), data_collator=collate, callbacks=listeners, **rows)
+    trainer = Trainer(model, _arguments(plan, checkpoints), data_collator=collate, callbacks=listeners, **rows)
     trainer.remove_callback(PrinterCallback)
-    trainer.evaluate()  # the untuned base: where the curve begins, not a model that could be kept
-    trainer.train()
-    shutil.rmtree(folder, ignore_errors=True)
+    if reached:
+        step = int(reached.name.split("-")[-1])
+        progress.restore({s: values for s, values in read_notes(checkpoints).items() if s <= step})
+    else:
+        trainer.evaluate()  # the untuned base: where the curve begins, not a model that could be kept
+    trainer.train(resume_from_checkpoint=str(reached) if reached else None)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainer.model, {"n_steps": float(trainer.state.global_step), "n_trained_parameters": float(trained)}
 
@@ -336,17 +350,26 @@ def train(
     plan: TrainingPlan,
     folder: Path | str,  # the model folder, made by this
     report: Callable[[int, dict[str, float]], None] | None = None,  # called with step and losses while it learns
-) -> TrainingResult:
-    "Train what was planned."
-    folder, progress = Path(folder).resolve(), Progress(plan.options.max_steps, report)
+) -> TrainingResult:  # of this call, or of an earlier one that finished the same plan here
+    "Train what was planned, from where an earlier call was killed."
+    folder, mark = Path(folder).resolve(), digest_plan(plan)
+    checkpoints = folder.with_name(f"{folder.name}.checkpoints")
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    with written_whole(folder) as workspace:
-        trained, counted = _tune(plan, workspace / "checkpoints", progress) if plan.base else _fit_task(plan, progress)
-        progress.close()
-        record = describe_model(plan.task, plan.options.method, plan.base, plan.dtype)
-        save_model(workspace / "model", trained, record, plan.base, plan.task)
-    counted |= _losses(progress.history) | {"cpu_seconds": time.process_time() - start_cpu_s}
-    return TrainingResult(folder, digest_folder(folder), progress.history, time.perf_counter() - start_s, counted)
+    if not (result := read_result(folder, mark)):
+        with written_whole(folder) as workspace:
+            open_checkpoints(checkpoints, mark)
+            progress = Progress(plan.options.max_steps, tell_once(checkpoints, report))
+            trained, counted = _tune(plan, checkpoints, progress) if plan.base else _fit_task(plan, progress)
+            progress.close()
+            record = describe_model(plan.task, plan.options.method, plan.base, plan.dtype)
+            save_model(workspace / "model", trained, record, plan.base, plan.task)
+            counted |= _losses(progress.history) | {"cpu_seconds": time.process_time() - start_cpu_s}
+            facts = {"rows": progress.rows, "metrics": counted, "seconds": time.perf_counter() - start_s}
+            result = write_result(folder, mark, workspace / "model", facts)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    progress = Progress(plan.options.max_steps)
+    progress.rows = {int(step): values for step, values in result["rows"].items()}
+    return TrainingResult(folder, result["digest"], progress.history, result["seconds"], result["metrics"])
 
 # %% ../nbs/22_training.ipynb #22-training-39
 def plot_loss(

@@ -109,6 +109,11 @@ def is_plain(argument):
     }
 
 
+def is_command(function):
+    "Say whether a function is a command of the command line: its parameters are options that a person names."
+    return any(ast.unparse(d).endswith(".command()") for d in function.decorator_list)
+
+
 def shape_offences(source):
     "List what is wrong with the shape of one exported cell."
     body = [line for line in source.strip().splitlines() if not line.startswith("#|")]
@@ -118,7 +123,9 @@ def shape_offences(source):
         depth, given = nesting(function), arguments(function)
         bare = [a.arg for a in given if a.annotation is None]
         wrong += [f"{function.name}: {depth} levels of nesting, at most {MAX_NESTING}"] * (depth > MAX_NESTING)
-        wrong += [f"{function.name}: {len(given)} parameters, at most {MAX_PARAMETERS}"] * (len(given) > MAX_PARAMETERS)
+        wrong += [
+            f"{function.name}: {len(given)} parameters, at most {MAX_PARAMETERS}"
+        ] * (len(given) > MAX_PARAMETERS and not is_command(function))
         wrong += [f"{function.name}: no annotation of {', '.join(bare)}"] * bool(bare)
         untold = function.returns is None and function.name not in ("__init__", "__post_init__")
         wrong += [f"{function.name}: no annotation of what it returns"] * untold

@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from mlops_workbench import settings as settings_module
 from mlops_workbench.core import WorkbenchError, digest_file
-from mlops_workbench.settings import Settings
+from mlops_workbench.settings import Settings, resolve_secret
 from mlops_workbench.tracking import (
     end_run,
+    log_dataset,
+    log_figure,
+    log_file,
     log_history,
     log_model,
+    log_parameters,
     log_table,
+    log_tags,
     open_run,
     open_tracking,
     provenance,
@@ -111,3 +117,67 @@ def test_curves_and_tables_come_back(tracking, tmp_path):
     assert pd.read_parquet(read_artifact(tracking, run.run_id, "tables/rows.parquet", tmp_path)).equals(table)
     with pytest.raises(WorkbenchError, match="has no artefact"):
         read_artifact(tracking, run.run_id, "tables/none.parquet", tmp_path)
+
+
+def everything(run, folder):
+    "Read back whatever MLflow holds of a run, as one text."
+    import mlflow.artifacts
+    import pandas as pd
+
+    found = run.client.get_run(run.run_id)
+    texts = [str(found.to_dictionary())]
+    place = mlflow.artifacts.download_artifacts(run_id=run.run_id, dst_path=str(folder), tracking_uri=run.tracking.uri)
+    for path in (p for p in Path(place).rglob("*") if p.is_file()):
+        if path.suffix == ".parquet":
+            rows = pd.read_parquet(path)
+            texts.append(str([*rows.columns, *rows.to_numpy().tolist()]))
+        texts.append(path.read_bytes().decode("latin-1"))
+    return "\n".join(texts)
+
+
+def test_no_secret_reaches_mlflow(tracking, tmp_path, monkeypatch):
+    import matplotlib
+    import pandas as pd
+
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(settings_module, "_traces", ())
+    token = resolve_secret("secret://TOKEN", {"TOKEN": "t0k'en-of-mine"})
+    run = start_run(tracking, "secrets", f"train with {token}", {"git.url": f"https://{token}@host/x"})
+    log_parameters(run, {"token": token, "nested": {"key": [token]}, "rank": 8})
+    log_tags(run, {"seen": f"it's {token}"})
+    log_dataset(run, f"planner/{token}", "7f3a" * 16, f"s3://{token}/d", "training")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "report.html").write_text(f"<b>{token}</b>")
+    log_file(run, tmp_path / "made")
+    log_file(run, tmp_path / "made" / "report.html", "alone")
+    log_table(run, pd.DataFrame({"a": ["x", token]}), "rows")
+    figure = Figure()
+    figure.subplots().set_title(f"loss with {token}")
+    log_figure(run, figure, "loss.svg")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.json").write_text("{}")
+    log_model(run, "m", tmp_path / "model", "mlops_workbench.model", ["mlops_workbench"], {"source": token})
+    text = everything(run, tmp_path / "back")
+    assert "t0k" not in text and "en-of-mine" not in text
+    assert text.count("secret://TOKEN") >= 10
+    (tmp_path / "model" / "model.json").write_text(f'{{"base": "{token}"}}')
+    with pytest.raises(WorkbenchError, match="of the model holds the value of a secret"):
+        log_model(run, "m", tmp_path / "model", "mlops_workbench.model", ["mlops_workbench"], {})
+
+
+def test_where_mlflow_is_does_not_show_its_password():
+    from mlops_workbench.tracking import Run, Tracking
+
+    assert "hunter2" not in repr(Run("r", Tracking("postgresql+psycopg://me:hunter2@db/x", "s3://models")))
+
+
+def test_tracking_does_not_import_pandas_or_mlflow_by_itself():
+    code = (
+        "import sys, types; store = types.ModuleType('mlops_workbench.store');"
+        "store.Store = store.advisory_lock = store.transaction = None; sys.modules['mlops_workbench.store'] = store;"
+        "import mlops_workbench.tracking; print(sorted({'pandas', 'mlflow', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

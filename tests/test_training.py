@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from mlops_workbench.base import resolve_base
+from mlops_workbench.checkpoint import digest_plan
 from mlops_workbench.core import WorkbenchError, digest_folder
 from mlops_workbench.model import base_predictor, load_predictor
 from mlops_workbench.planner import generic_examples
@@ -92,7 +95,7 @@ def test_a_model_folder_is_data_without_traces(trained):
             root for root in (trained.folder.parent, resolve_base("planner-base").path) if str(root).encode() in content
         ]
         assert not found, f"{path.name} names {found}"
-    assert [p.name for p in trained.folder.parent.iterdir()] == [trained.folder.name]
+    assert sorted(p.name for p in trained.folder.parent.iterdir()) == ["model", "model.result.json"]
     assert digest_folder(trained.folder) == trained.digest
 
 
@@ -257,26 +260,205 @@ def test_the_last_step_is_judged_and_the_best_one_is_kept(tmp_path):
     assert best < ruined.metrics["n_steps"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), OSError(28, "No space left on device")])
-def test_a_run_that_fails_leaves_nothing(error, tmp_path):
-    def fail(step, values):
-        if step == 2:
+def stop_at(step, error):
+    def report(reached, values):
+        if reached == step:
             raise error
 
+    return report
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), OSError(28, "No space left on device")])
+def test_a_run_that_fails_leaves_no_model(error, tmp_path):
     expected = WorkbenchError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
-        train(quick_plan(), tmp_path / "model", fail)
-    assert list(tmp_path.iterdir()) == []
+        train(quick_plan(), tmp_path / "model", stop_at(2, error))
+    assert [p.name for p in tmp_path.iterdir()] == ["model.checkpoints"]
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path):
-    left = tmp_path / ".model.partial" / "checkpoints"
-    left.mkdir(parents=True)
-    (left / "half").write_text("")
+    (tmp_path / ".model.partial" / "model").mkdir(parents=True)
+    (tmp_path / "model.checkpoints" / "checkpoint-2").mkdir(parents=True)
     train(quick_plan(), tmp_path / "model")
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.result.json"]
+
+
+def test_a_finished_plan_is_not_trained_again(tmp_path):
+    first, told = train(quick_plan(), tmp_path / "model"), []
+    again = train(quick_plan(), tmp_path / "model", lambda *step: told.append(step))
+    assert (again.digest, again.metrics, again.seconds) == (first.digest, first.metrics, first.seconds)
+    assert again.history.equals(first.history) and not told
+    with pytest.raises(WorkbenchError, match="never overwritten"):
+        train(quick_plan(seed=1), tmp_path / "model")
+    (tmp_path / "model" / "model.json").write_text("{}")
     with pytest.raises(WorkbenchError, match="never overwritten"):
         train(quick_plan(), tmp_path / "model")
+
+
+def test_another_plan_does_not_go_on_from_these_checkpoints(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(quick_plan(seed=1), tmp_path / "model", stop_at(4, KeyboardInterrupt()))
+    assert (tmp_path / "model.checkpoints" / "checkpoint-2.complete").is_file()
+    assert train(quick_plan(), tmp_path / "model").digest == train(quick_plan(), tmp_path / "fresh").digest
+
+
+def test_plans_differ_in_everything_that_matters():
+    plan = quick_plan()
+    others = [quick_plan(seed=1), quick_plan(rank=8), replace(plan, dtype="bfloat16")]
+    others += [replace(plan, train=plan.train[1:]), replace(plan, base=replace(plan.base, digest="0" * 64))]
+    assert len({digest_plan(p) for p in [plan, *others]}) == 6
+    assert digest_plan(plan) == digest_plan(quick_plan())
+
+
+def test_a_damaged_checkpoint_is_skipped(tmp_path):
+    fresh = train(quick_plan(max_steps=6), tmp_path / "fresh")
+    with pytest.raises(KeyboardInterrupt):
+        train(quick_plan(max_steps=6), tmp_path / "model", stop_at(6, KeyboardInterrupt()))
+    place = tmp_path / "model.checkpoints"
+    (place / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
+    heard = []
+    again = train(quick_plan(max_steps=6), tmp_path / "model", lambda step, values: heard.append(step))
+    assert again.digest == fresh.digest and again.history.equals(fresh.history)
+    assert heard == [6, 6], "what was told before is not told again"
+
+
+def test_early_stopping_keeps_its_patience(tmp_path):
+    wild = {"max_steps": 40, "learning_rate": 3.0, "patience": 2}
+    whole = train(quick_plan(**wild), tmp_path / "whole")
+    last = int(whole.metrics["n_steps"])
+    assert 4 <= last < 40
+    with pytest.raises(KeyboardInterrupt):
+        train(quick_plan(**wild), tmp_path / "model", stop_at(last, KeyboardInterrupt()))
+    again = train(quick_plan(**wild), tmp_path / "model")
+    assert (again.digest, again.metrics["n_steps"]) == (whole.digest, whole.metrics["n_steps"])
+    assert again.history.equals(whole.history)
+
+
+def test_a_full_disk_is_one_line_and_training_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
+    fresh, save, n_files = train(quick_plan(max_steps=6), tmp_path / "fresh"), torch.save, []
+
+    def full(what, path, *rest, **options):
+        n_files.append(path)
+        if len(n_files) > 5:  # the first checkpoint has four files
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")  # a full tmpfs
+        save(what, path, *rest, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(WorkbenchError, match="no space left for the model"):
+        train(quick_plan(max_steps=6), tmp_path / "model")
+    monkeypatch.undo()
+    told = []
+    assert train(quick_plan(max_steps=6), tmp_path / "model", lambda *step: told.append(step)).digest == fresh.digest
+    assert told[0][0] == 5
+
+
+SURVIVE = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import peft, torch, transformers
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
+import mlops_workbench.artifact, mlops_workbench.checkpoint
+import test_training as t
+
+home, method, n_random = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+options = {"method": method, "rank": 0 if method == "full" else 4, "max_steps": 14, "evaluate_every": 4}
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half(what, path, *rest, **options):
+    Path(path).write_bytes(b"half")
+    die()
+
+def at(call, function, attribute, module):  # before the n-th call of a function
+    original, calls = getattr(module, attribute), []
+    def counted(*arguments, **named):
+        calls.append(1)
+        return (function if len(calls) == call else original)(*arguments, **named)
+    setattr(module, attribute, counted)
+
+MOMENTS = {
+    "before the first step": (1, die, "step", torch.optim.AdamW),
+    "in a step": (6, die, "step", torch.optim.AdamW),
+    "in the writing of a checkpoint": (7, half, "save", torch),
+    "before a checkpoint counts": (2, die, "complete_checkpoint", mlops_workbench.checkpoint),
+    "when older ones are removed": (2, die, "_keep", mlops_workbench.checkpoint),
+    "after the last look": (1, die, "save_model", t.train.__globals__),
+    "before the result": (1, die, "write_result", t.train.__globals__),
+    "before the folder takes its place": (1, die, "replace", mlops_workbench.artifact.os),
+}
+
+def attempt(place, moment=None, seconds=None):
+    pid = os.fork()  # the parent has imported everything and computed nothing
+    if pid == 0:
+        try:
+            if moment:
+                call, function, name, module = MOMENTS[moment]
+                at(call, function, name, module) if not isinstance(module, dict) else module.update({name: function})
+            told = os.open(f"{place}.told", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+            report = lambda step, values: os.write(told, f"{step} {sorted(values)}\\n".encode())
+            result = t.train(t.quick_plan(**options), place, report)
+            ended = {"digest": result.digest, "history": result.history.to_json()}
+            Path(f"{place}.ended").write_text(json.dumps(ended))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if seconds:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def ended(place):
+    told = Path(f"{place}.told").read_text().splitlines()
+    left = sorted(p.name for p in place.parent.glob(f"*{place.name}*") if p.suffix not in (".told", ".ended"))
+    clean = left == [place.name, f"{place.name}.result.json"]
+    return json.loads(Path(f"{place}.ended").read_text()) | {"told": told, "clean": clean}
+
+start = time.monotonic()
+assert attempt(home / "whole") == 0
+took, found = time.monotonic() - start, {"whole": ended(home / "whole")}
+for i, moment in enumerate(MOMENTS):
+    place = home / f"moment{i}"
+    found[moment] = {"killed": attempt(place, moment)}
+    assert attempt(place) == 0
+    found[moment] |= ended(place)
+rng = random.Random(method)
+for i in range(n_random):
+    place = home / f"random{i}"
+    kills = [attempt(place, seconds=rng.uniform(0.1, 0.9) * took) for _ in range(2)]
+    assert attempt(place) == 0
+    found[f"random {i}"] = {"killed": min(kills)} | ended(place)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
+def test_a_run_that_is_killed_ends_at_the_same_bytes(method, tmp_path):
+    here = os.path.dirname(__file__)
+    call = [sys.executable, "-c", SURVIVE, here, str(tmp_path), method, "4"]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(call, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    whole = found.pop("whole")
+    assert any(end["killed"] for moment, end in found.items() if moment.startswith("random"))
+    assert len(whole["told"]) == len(set(whole["told"])) and whole["clean"]
+    for moment, end in found.items():
+        assert end["killed"] == -signal.SIGKILL or moment.startswith("random"), f"not killed {moment}"
+        assert (end["digest"], end["history"]) == (whole["digest"], whole["history"]), moment
+        assert end["clean"], f"something lies about after a kill {moment}"
+        assert sorted(end["told"]) == sorted(whole["told"]), f"told twice or never after a kill {moment}"
+
+
+def test_a_run_that_is_stopped_between_two_looks_ends_at_the_same_bytes(tmp_path):
+    options = {"max_steps": 18, "evaluate_every": 9}  # the loss is noted every 2 steps, and at each look
+    fresh = train(quick_plan(**options), tmp_path / "fresh")
+    with pytest.raises(KeyboardInterrupt):
+        train(quick_plan(**options), tmp_path / "model", stop_at(14, KeyboardInterrupt()))
+    again = train(quick_plan(**options), tmp_path / "model")
+    assert again.digest == fresh.digest and again.history.equals(fresh.history)
 
 
 def test_a_model_of_the_tasks_own(tmp_path):
