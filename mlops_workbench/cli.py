@@ -96,7 +96,9 @@ def _drive(
     json_: bool = False,  # events for machines
 ) -> dict[str, Any]:  # the run
     "Run a pipeline: what is cached at once, the rest by a warm process."
-    if not os.environ.get("WORKBENCH_DRIVER") and (done := _cached(settings, pipeline, options, json_)):
+    if options.force:
+        _stand_in()
+    elif not os.environ.get("WORKBENCH_DRIVER") and (done := _cached(settings, pipeline, options, json_)):
         return done
     from mlops_workbench.live import choose_view
     from mlops_workbench.pipeline import run_pipeline

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -343,13 +344,22 @@ def _installed_as(
         return ""
 
 
+@cache
+def _installed_in(
+    folder: str,  # on Python's path
+    changed_ns: int,  # when something was last installed in it or removed
+) -> tuple[str, ...]:  # such as 'numpy-2.3.5'
+    "List what is installed in a folder."
+    endings = (".dist-info", ".egg-info") if is_installed(folder + os.sep) else (".dist-info",)
+    names = [n for n in os.listdir(folder) if n.endswith(endings)]
+    return tuple(name.rsplit(".", 1)[0] + _installed_as(os.path.join(folder, name)) for name in names)
+
+
 def read_environment() -> list[str]:  # such as 'numpy-2.3.5', sorted
     "List Python and what is installed for it."
     found = [f"python-{sys.version.split()[0]}-{sys.implementation.name}-{sys.platform}"]
     for folder in dict.fromkeys(os.path.abspath(f) for f in sys.path if f and os.path.isdir(f)):
-        endings = (".dist-info", ".egg-info") if is_installed(folder + os.sep) else (".dist-info",)
-        names = [n for n in os.listdir(folder) if n.endswith(endings)]
-        found += [name.rsplit(".", 1)[0] + _installed_as(os.path.join(folder, name)) for name in names]
+        found += _installed_in(folder, os.stat(folder).st_mtime_ns)
     return sorted(found)
 
 

@@ -8,7 +8,9 @@ __all__ = ['KERNEL_NAME', 'finished_cells', 'rebuild_state', 'stopped_stage', 'p
 # %% ../nbs/48_debug.ipynb #48-debug-03
 import json
 import os
+import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,6 +85,8 @@ def prepare_debug(
     index = min(finished_cells(content["cells"]), len(content["cells"]) - 1)
     for number, cell in enumerate(content["cells"]):
         cell.setdefault("id", f"cell-{number}")
+    cell_id = content["cells"][index]["id"]
+    _show_place(content["cells"], index, stage["error"] or stage["status"])
     content["metadata"]["kernelspec"] = {
         "name": KERNEL_NAME,
         "display_name": f"state of {stage['name']}",
@@ -91,9 +95,24 @@ def prepare_debug(
     copy = folder / f"{stage['name']}.ipynb"
     copy.write_text(json.dumps(content, indent=1), encoding="utf-8")
     _write_kernel(settings, executed, copy)
-    return copy, content["cells"][index]["id"]
+    return copy, cell_id
 
 # %% ../nbs/48_debug.ipynb #48-debug-11
+def _show_place(
+    cells: list[dict[str, Any]],  # changed in place
+    index: int,  # of the cell that did not finish
+    reason: str,  # why
+) -> None:
+    "Fold the finished cells, and say at the top and at the place where it stopped."
+    for cell in cells[:index]:
+        if cell["cell_type"] == "code":
+            cell["metadata"]["jupyter"] = {"source_hidden": True, "outputs_hidden": True}
+    place = f"**It stopped here:** {reason}. The variables are as the finished cells above had left them."
+    top = f"[To the cell that stopped](#cell-id={cells[index]['id']}): {reason}. The finished cells are folded."
+    cells.insert(index, {"cell_type": "markdown", "id": "it-stopped-here", "metadata": {}, "source": place})
+    cells.insert(0, {"cell_type": "markdown", "id": "to-the-cell", "metadata": {}, "source": top})
+
+# %% ../nbs/48_debug.ipynb #48-debug-12
 def _write_kernel(
     settings: Settings,
     executed: Path,  # the stopped notebook
@@ -130,16 +149,19 @@ def _write_kernel(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernel.json").write_text(json.dumps(spec, indent=1), encoding="utf-8")
 
-# %% ../nbs/48_debug.ipynb #48-debug-12
+# %% ../nbs/48_debug.ipynb #48-debug-13
 def lab_command(
     copy: Path,  # from `prepare_debug`
     cell: str,  # id of the cell to show
-    browser: bool = True,  # open one
-) -> tuple[list[str], dict[str, str]]:  # the command, and the variables it needs
+) -> tuple[list[str], dict[str, str], str]:  # the command, the variables it needs, and the address of the cell
     "Say how to open a notebook in JupyterLab at a cell."
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={copy.parent}"]
-    command.append(f"--LabApp.default_url=/lab/tree/{copy.name}#cell-id={cell}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--ServerApp.root_dir={copy.parent}"]
+    command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     command += ["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
-    command += [] if browser else ["--no-browser"]
+    token = secrets.token_hex(24)
     found = os.pathsep.join(filter(None, [str(copy.parent / "jupyter"), os.environ.get("JUPYTER_PATH")]))
-    return command, {"JUPYTER_PATH": found}
+    address = f"http://127.0.0.1:{port}/lab/tree/{copy.name}?token={token}#cell-id={cell}"
+    return command, {"JUPYTER_PATH": found, "JUPYTER_TOKEN": token}, address

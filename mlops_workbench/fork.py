@@ -147,7 +147,7 @@ def _ask_parent(
 ) -> tuple[socket.socket, int]:  # the connection, which lives as long as the process, and the process's id
     "Let the warm parent fork."
     ours = {"cwd": os.getcwd(), "env": dict(variables), "umask": _umask(), "threads": count_threads(variables)}
-    text, answer = json.dumps(ours | dict(request)).encode() + b"\n", {}
+    text = json.dumps(ours | dict(request)).encode() + b"\n"
     with open(os.devnull, "r+b") as nothing:  # what a kernel prints comes as messages
         streams = [0, 1, 2] if request["kind"] == "command" else [nothing.fileno()] * 3
         return _try_parent(variables, text, streams)

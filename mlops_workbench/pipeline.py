@@ -130,11 +130,11 @@ def _check_engine(
 def run_pipeline(
     pipeline: Pipeline,
     settings: Settings,
-    options: RunOptions = RunOptions(),
+    options: RunOptions | None = None,  # None runs all of it
     listen: Callable[[Mapping[str, Any]], None] = ignore,  # told each event; RunStopped raised in it stops the run
 ) -> dict[str, Any]:  # the run, as `read_runs` reads it
     "Run a pipeline's stages in their order."
-    checked = check_pipeline(pipeline)
+    options, checked = options or RunOptions(), check_pipeline(pipeline)
     kept, _ = chosen_stages(pipeline, options)
     with interruptible(), open_store(settings) as store:
         outputs = last_outputs(store, pipeline.name, pipeline.profile, [s.name for s in kept])
@@ -142,14 +142,13 @@ def run_pipeline(
         with line if options.lock else nullcontext():
             _check_engine(store, settings, options)
             tracking, run_id = _open_tracking(store, settings), new_id()
-            tags = provenance(settings.root) | {
-                "workbench.run": run_id,
-                "workbench.profile": pipeline.profile,
-                **options.tags,
-            }
+            origin = provenance(settings.root)
+            tags = origin | {"workbench.run": run_id, "workbench.profile": pipeline.profile, **options.tags}
             above = Run(options.parent, tracking) if options.parent else None
             parent = start_run(tracking, pipeline.name, f"{pipeline.name} {run_id[-6:]}", tags, above)
-            session = Session(pipeline, settings, store, tracking, run_id, parent, options, listen, outputs)
+            session = Session(
+                pipeline, settings, store, tracking, run_id, parent, options, listen, outputs, origin=origin
+            )
             with _open_session(session, checked):
                 _run_stages(session, checked)
         return read_runs(store, session.run_id)[0]
@@ -182,6 +181,7 @@ def resume_run(
             session = Session(
                 pipeline, settings, store, tracking, run["run_id"], parent, options, listen, outputs, earlier
             )
+            session.origin = provenance(settings.root)
             with _open_session(session, checked):
                 _run_stages(session, checked)
         return read_runs(store, session.run_id)[0]

@@ -126,7 +126,10 @@ class Progress(History):
         if self.report:
             self.report(step, dict(values))
         now_s, tenth = time.monotonic(), step * 10 // self.max_steps
-        if now_s - self._drawn_s >= 0.5 if self._bar.live else tenth > self._tenth:
+        rare = bool(
+            values.keys() - {"loss"}
+        )  # whoever listens compares such a value by its step: it must not wait for a later one
+        if (rare or now_s - self._drawn_s >= 0.5) if self._bar.live else tenth > self._tenth:
             self._drawn_s, self._tenth = now_s, tenth
             left_s = time_left(step, self.max_steps, now_s - self._begun_s, self._first) if self._bar.live else None
             self._bar.draw(step, self.max_steps, self.newest, left_s)

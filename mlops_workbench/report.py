@@ -123,9 +123,7 @@ def _stage_parts(
         "code": notebook | flatten(key.get("code")),
         "data": inputs | files,
         "outputs": flatten(stage.get("outputs")),
-        "environment": {"lock": key["environment"]}
-        if isinstance(key.get("environment"), str)
-        else flatten(key.get("environment")),
+        "environment": dict(entry.rpartition("-")[::2] for entry in key.get("environment") or ()),
     }
 
 # %% ../nbs/63_report.ipynb #63-report-17
@@ -216,8 +214,8 @@ def compare_runs(
     locks = [read_packages(settings.home / "runs" / run["run_id"] / "environment.txt") for run in (a, b)]
     untold = [] if all(locks) else ["the packages: a run kept no list of them"]
     found += compare_values("environment", "", *locks) if all(locks) else []
-    if all(locks):  # the packages say what the digest of all of them only hints at
-        found = [d for d in found if (d.section, d.name) != ("environment", "lock")]
+    if all(locks):  # said once for the whole run, not for each stage
+        found = [d for d in found if d.section != "environment" or not d.stage]
     notebooks = {name: tuple(_executed(settings, s) for s in stages) for name, stages in pairs.items()}
     code = {name: compare_code(*paths) for name, paths in notebooks.items() if None not in paths}
     lost = [name for name, paths in notebooks.items() if None in paths and None not in pairs[name]]

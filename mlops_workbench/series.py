@@ -10,6 +10,7 @@ __all__ = ['app', 'export', 'Name', 'Profile', 'Engine', 'stand_in', 'Schedule',
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -49,14 +50,14 @@ def sweep(
     for ask in stand_in:
         ask()
     from mlops_workbench.live import choose_view
-    from mlops_workbench.study import SweepOptions, show_table
+    from mlops_workbench.study import SweepOptions
     from mlops_workbench.sweep import run_sweep
 
     chosen = (pipeline, tuple(parameter or ()), profile, metric, maximise, trials, jobs, seed, study, engine)
     with choose_view(sys.stdout, json_) as view:
         result = run_sweep(read_settings(), SweepOptions(*chosen), view)
     if not json_:
-        print(f"{show_table(result.trials)}\n{result.summary}\n{result.folder}")
+        print(f"{result.trials.to_string(index=False, na_rep='')}\n{result.summary}\n{result.folder}")
 
 # %% ../nbs/65_series.ipynb #65-series-08
 @app.command()
@@ -76,14 +77,14 @@ def backfill(
     for ask in stand_in:
         ask()
     from mlops_workbench.live import choose_view
-    from mlops_workbench.study import BackfillOptions, show_table
+    from mlops_workbench.study import BackfillOptions
     from mlops_workbench.sweep import run_backfill
 
     shown = (date, profile, tuple(parameter or ()), tuple(metric or ()), engine)
     with choose_view(sys.stdout, json_) as view:
         result = run_backfill(read_settings(), BackfillOptions(pipeline, since, until, every, *shown), view)
     if not json_:
-        print(f"{show_table(result.table)}\n{result.folder}")
+        print(f"{result.table.to_string(index=False, na_rep='')}\n{result.folder}")
     if (result.table["status"] != "finished").any():
         raise typer.Exit(1)
 
@@ -121,15 +122,39 @@ def debug(
     settings = read_settings()
     with open_store(settings) as store:
         copy, cell = prepare_debug(settings, find_run(store, run))
-        command, variables = lab_command(copy, cell, browser)
-        print(f"{copy} at cell {cell} (Ctrl-C stops JupyterLab)", flush=True)
-        try:
-            code = subprocess.call(command, env=os.environ | variables)
-        except KeyboardInterrupt:
-            code = 0
+        command, variables, address = lab_command(copy, cell)
+        print(f"{copy}\n{address}\n(Ctrl-C stops JupyterLab)", flush=True)
+        code = _serve(command, variables, address if browser else "")
     raise typer.Exit(code)
 
-# %% ../nbs/65_series.ipynb #65-series-14
+# %% ../nbs/65_series.ipynb #65-series-13
+def _serve(
+    command: list[str],
+    variables: dict[str, str],  # added to the environment
+    address: str,  # to open in a browser as soon as it answers; empty opens none
+) -> int:  # exit code; 0 when it was interrupted
+    "Run JupyterLab until it ends or is interrupted."
+    import urllib.error
+    import urllib.request
+    import webbrowser
+
+    server = subprocess.Popen(command, env=os.environ | variables, stderr=subprocess.DEVNULL)
+    try:
+        while address and server.poll() is None:
+            try:
+                urllib.request.urlopen(address.partition("/lab")[0] + "/api", timeout=2)
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.2)
+                continue
+            webbrowser.open(address)
+            address = ""
+        return server.wait()
+    except KeyboardInterrupt:
+        server.terminate()
+        server.wait()
+        return 0
+
+# %% ../nbs/65_series.ipynb #65-series-15
 def _exported(
     text: str,  # what was made
     output: Path | None,  # None prints it
@@ -149,7 +174,7 @@ def _plain_settings() -> Settings:
     environment = os.environ.get("WORKBENCH_ENVIRONMENT", "local")
     return Settings(environment, root, root / ".workbench")
 
-# %% ../nbs/65_series.ipynb #65-series-15
+# %% ../nbs/65_series.ipynb #65-series-16
 Schedule = Annotated[str, typer.Option(help="Cron, such as '0 3 * * *'; empty leaves the start to a person.")]
 Zone = Annotated[str, typer.Option(help="In which the schedule is read.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="File to write; else it is printed.")]
@@ -177,7 +202,7 @@ def airflow(
     options = ExportOptions(schedule, time_zone, retries, project, overrides)
     _exported(export_airflow(found, settings, options), output)
 
-# %% ../nbs/65_series.ipynb #65-series-16
+# %% ../nbs/65_series.ipynb #65-series-17
 @export.command()
 def k8s(
     pipeline: Name,

@@ -32,11 +32,11 @@ from .store import Store, transaction
 from mlops_workbench.tracking import (
     Run,
     Tracking,
+    describe_notebook,
     end_run,
     environment_lock,
     log_file,
     log_tags,
-    provenance,
     reopen_run,
     start_run,
 )
@@ -56,6 +56,7 @@ class Session:
     listen: Callable[[Mapping[str, Any]], None] = ignore  # told every event
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage → what it produced
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage → its row, in a run that is continued
+    origin: Mapping[str, str] = field(default_factory=dict)  # code and environment, see `provenance`
     status: str = "failed"  # until it is known better
 
     @property
@@ -111,7 +112,7 @@ def _stage_run(
     "Begin the MLflow run of a stage, or open again the one that is continued."
     if resumed:
         return reopen_run(session.tracking, session.earlier[stage.name]["mlflow_run_id"])
-    tags = provenance(session.settings.root, stage.notebook)
+    tags = dict(session.origin) | describe_notebook(session.settings.root, stage.notebook)
     tags |= {"workbench.stage": stage.name, "workbench.run": session.run_id}
     return start_run(session.tracking, session.pipeline.name, stage.name, tags, session.parent)
 
@@ -252,7 +253,7 @@ def _keep(
     lock = session.folder / "environment.txt"
     if not lock.is_file():
         lock.write_text(environment_lock())
-    log_file(run, lock)
+        log_file(session.parent, lock)
 
 # %% ../nbs/59_session.ipynb #59-session-17
 def _fail_stage(

@@ -172,12 +172,23 @@ def _is_packaged(
     return os.path.realpath(folder).startswith(tuple(os.path.join(os.path.realpath(p), "") for p in homes))
 
 
+_packaged: dict[str, str] = {}  # modules that a package brought → their file; there are thousands, and they stay
+
+
 def _project_modules() -> list[str]:  # in the order of their import
     "List the imported modules that no package brought: a run records which files its result depends on."
-    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    return [n for n, f in files.items() if f and n != "__main__" and not _is_packaged(os.path.dirname(f))]
+    found = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if name == "__main__" or not file or _packaged.get(name) == file:
+            continue
+        if _is_packaged(os.path.dirname(file)):
+            _packaged[name] = file
+        else:
+            found.append(name)
+    return found
 
-
+# %% ../nbs/44_snapshot.ipynb #44-snapshot-13
 def _world(
     shell: Any,  # IPython's
 ) -> dict[str, Any]:
@@ -190,7 +201,7 @@ def _world(
     loaded = {name: sys.modules[name] for name in _STATES if name in sys.modules}
     return world | {"states": {name: _STATES[name][0](module) for name, module in loaded.items()}}
 
-# %% ../nbs/44_snapshot.ipynb #44-snapshot-13
+# %% ../nbs/44_snapshot.ipynb #44-snapshot-14
 def _enter_world(
     world: Mapping[str, Any],
     shell: Any,  # IPython's
@@ -212,7 +223,7 @@ def _enter_world(
     for name in world["extensions"]:
         shell.extension_manager.load_extension(name)
 
-# %% ../nbs/44_snapshot.ipynb #44-snapshot-15
+# %% ../nbs/44_snapshot.ipynb #44-snapshot-16
 @cache
 def _made_by() -> dict[str, str]:
     "Say which Python and which packages can read a snapshot that this process writes."
@@ -249,7 +260,7 @@ def _write(
     finally:
         beside.unlink(missing_ok=True)
 
-# %% ../nbs/44_snapshot.ipynb #44-snapshot-16
+# %% ../nbs/44_snapshot.ipynb #44-snapshot-17
 def _reason(
     name: str,  # of a variable; empty: not a variable's fault
     error: Exception,  # raised by pickle
@@ -280,7 +291,7 @@ def save_snapshot(
         told |= {"ok": False, "why": redact(str(error))}
     return json.dumps(told | {"seconds": round(time.perf_counter() - begun_s, 4)})
 
-# %% ../nbs/44_snapshot.ipynb #44-snapshot-18
+# %% ../nbs/44_snapshot.ipynb #44-snapshot-19
 def read_snapshot(
     path: Path | str,  # the snapshot
 ) -> dict[str, Any] | None:  # cell and prefix; None: there is none that this Python and these packages can read

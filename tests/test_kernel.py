@@ -27,7 +27,9 @@ from mlops_workbench.kernel import started_kernel, why_cold
 async def tell(kernel: tuple, code: str, value: str = "None") -> str:
     "Run code in a kernel and give the repr of a value."
     _, client = kernel
-    reply = await client.execute_interactive(code, user_expressions={"x": value}, timeout=60, output_hook=lambda m: None)
+    reply = await client.execute_interactive(
+        code, user_expressions={"x": value}, timeout=60, output_hook=lambda m: None
+    )
     assert reply["content"]["status"] == "ok", reply["content"]
     found = reply["content"]["user_expressions"]["x"]
     assert found["status"] == "ok", found
@@ -54,11 +56,23 @@ LEAKS = [
     ("import os; os.environ['LEAK'] = '1'", "__import__('os').environ.get('LEAK')", "None"),
     ("import os; os.chdir('/')", f"__import__('os').getcwd() == {os.getcwd()!r}", "True"),
     ("import sys; sys.path.append('/leak')", "'/leak' in __import__('sys').path", "False"),
-    ("import sys, types; sys.modules['leak'] = types.ModuleType('leak')", "'leak' in __import__('sys').modules", "False"),
+    (
+        "import sys, types; sys.modules['leak'] = types.ModuleType('leak')",
+        "'leak' in __import__('sys').modules",
+        "False",
+    ),
     ("import os; os.umask(0)", "__import__('os').umask(0o22) != 0", "True"),
     ("import torch; torch.set_num_threads(1)", "__import__('torch').get_num_threads()", str(count_threads(os.environ))),
-    ("import matplotlib as m; m.rcParams['lines.linewidth'] = 99", "__import__('matplotlib').rcParams['lines.linewidth']", "1.5"),
-    ("import pandas; pandas.set_option('display.max_rows', 7)", "__import__('pandas').get_option('display.max_rows')", "60"),
+    (
+        "import matplotlib as m; m.rcParams['lines.linewidth'] = 99",
+        "__import__('matplotlib').rcParams['lines.linewidth']",
+        "1.5",
+    ),
+    (
+        "import pandas; pandas.set_option('display.max_rows', 7)",
+        "__import__('pandas').get_option('display.max_rows')",
+        "60",
+    ),
     ("import logging; logging.getLogger().setLevel(1)", "__import__('logging').getLogger().level", "30"),
     ("import decimal; decimal.getcontext().prec = 3", "__import__('decimal').getcontext().prec", "28"),
 ]
@@ -107,7 +121,9 @@ def test_only_its_user_may_enter_the_folder_of_the_sockets():
 
 
 def test_a_package_that_starts_threads_is_left_to_the_kernels(tmp_path):
-    (tmp_path / "noisy.py").write_text("import threading, time\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()")
+    (tmp_path / "noisy.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()"
+    )
     variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
 
     async def go() -> str:
@@ -121,7 +137,8 @@ def test_a_package_that_starts_threads_is_left_to_the_kernels(tmp_path):
 
 def test_a_kernel_dies_with_whoever_started_it(tmp_path):
     code = "import os, time; from mlops_workbench.fork import ForkedProcess\n"
-    code += "p = ForkedProcess(os.environ, {'kind': 'command', 'module': 'sleeper', 'argv': ['x']})\nprint(p.pid, flush=True)\ntime.sleep(60)"
+    code += "p = ForkedProcess(os.environ, {'kind': 'command', 'module': 'sleeper', 'argv': ['x']})\n"
+    code += "print(p.pid, flush=True)\ntime.sleep(60)"
     (tmp_path / "sleeper.py").write_text("import time\ndef main(): time.sleep(60)")
     starter = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, text=True
@@ -137,13 +154,17 @@ def test_a_kernel_dies_with_whoever_started_it(tmp_path):
 
 def test_a_forked_process_tells_how_it_ended(tmp_path):
     (tmp_path / "busy.py").write_text("import sys\ndef main():\n    sum(range(10**7))\n    sys.exit(7)")
-    forked = ForkedProcess({**os.environ, "PYTHONPATH": str(tmp_path)}, {"kind": "command", "module": "busy", "argv": ["x"]})
+    forked = ForkedProcess(
+        {**os.environ, "PYTHONPATH": str(tmp_path)}, {"kind": "command", "module": "busy", "argv": ["x"]}
+    )
     assert forked.wait(30) == 7
     assert forked.cpu_s > 0.05
 
 
 def test_a_command_runs_warm_with_its_arguments_and_its_code(tmp_path, monkeypatch, capfd):
-    (tmp_path / "said.py").write_text("import os, sys\ndef main():\n    print(sys.argv, os.environ['SAID'])\n    sys.exit('no')")
+    (tmp_path / "said.py").write_text(
+        "import os, sys\ndef main():\n    print(sys.argv, os.environ['SAID'])\n    sys.exit('no')"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("SAID", "yes")
     assert call_warm("said", ["said", "--loud"]) == 1

@@ -123,9 +123,9 @@ def shape_offences(source):
         depth, given = nesting(function), arguments(function)
         bare = [a.arg for a in given if a.annotation is None]
         wrong += [f"{function.name}: {depth} levels of nesting, at most {MAX_NESTING}"] * (depth > MAX_NESTING)
-        wrong += [
-            f"{function.name}: {len(given)} parameters, at most {MAX_PARAMETERS}"
-        ] * (len(given) > MAX_PARAMETERS and not is_command(function))
+        wrong += [f"{function.name}: {len(given)} parameters, at most {MAX_PARAMETERS}"] * (
+            len(given) > MAX_PARAMETERS and not is_command(function)
+        )
         wrong += [f"{function.name}: no annotation of {', '.join(bare)}"] * bool(bare)
         untold = function.returns is None and function.name not in ("__init__", "__post_init__")
         wrong += [f"{function.name}: no annotation of what it returns"] * untold

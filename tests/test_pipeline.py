@@ -370,7 +370,9 @@ def counted(project: Path, *, last: str) -> None:
 
 def test_a_mended_cell_goes_on_with_the_state_before_it(project, store):
     settings = settings_of(project, store)
-    (project / "params" / "one.yaml").write_text("task: mlops_workbench.planner\nstages:\n  add:\n    parameters: {a: 2}\n")
+    (project / "params" / "one.yaml").write_text(
+        "task: mlops_workbench.planner\nstages:\n  add:\n    parameters: {a: 2}\n"
+    )
     counted(project, last="y[2]")
     with pytest.raises(RunStopped, match="IndexError"):
         run_pipeline(read_pipeline(project, "one"), settings)
