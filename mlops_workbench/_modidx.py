@@ -377,6 +377,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'mlops_workbench/engine.py'),
                                         'mlops_workbench.engine.WorkbenchEngine': ( 'engine.html#workbenchengine',
                                                                                     'mlops_workbench/engine.py'),
+                                        'mlops_workbench.engine.WorkbenchEngine._execute': ( 'engine.html#workbenchengine._execute',
+                                                                                             'mlops_workbench/engine.py'),
                                         'mlops_workbench.engine.WorkbenchEngine.execute_notebook': ( 'engine.html#workbenchengine.execute_notebook',
                                                                                                      'mlops_workbench/engine.py'),
                                         'mlops_workbench.engine._Speaking': ('engine.html#_speaking', 'mlops_workbench/engine.py'),

@@ -359,7 +359,10 @@ def read_environment() -> list[str]:  # such as 'numpy-2.3.5', sorted
     "List Python and what is installed for it."
     found = [f"python-{sys.version.split()[0]}-{sys.implementation.name}-{sys.platform}"]
     for folder in dict.fromkeys(os.path.abspath(f) for f in sys.path if f and os.path.isdir(f)):
-        found += _installed_in(folder, os.stat(folder).st_mtime_ns)
+        if not is_installed(folder + os.sep) or os.path.basename(folder).endswith(
+            "-packages"
+        ):  # else a package's own parts
+            found += _installed_in(folder, os.stat(folder).st_mtime_ns)
     return sorted(found)
 
 

@@ -243,7 +243,10 @@ async def _restore_state(
     if client.execution.snapshot is not None:
         await _ask(client, f"{_SNAPSHOT}.start_snapshots()")
     if client.first:
-        await _ask(client, f"{_SNAPSHOT}.restore_snapshot({str(client.execution.snapshot)!r})")
+        try:
+            await _ask(client, f"{_SNAPSHOT}.restore_snapshot({str(client.execution.snapshot)!r})")
+        except WorkbenchError as error:
+            raise Stopped("lost", str(error)) from None
 
 # %% ../nbs/58_engine.ipynb #58-engine-17
 async def _execute(
@@ -328,6 +331,18 @@ class WorkbenchEngine:
     def execute_notebook(cls, nb: Any, kernel_name: str, output_path: str | None = None, **options: Any) -> Any:
         "Execute a notebook that papermill has prepared; its errors are left to papermill."
         client = _prepare(nb, output_path, options)
+        try:
+            return cls._execute(nb, kernel_name, client)
+        except Stopped as stop:
+            if stop.ended != "lost":
+                raise
+            client.tell("note", text=f"the notebook begins again, {stop}")
+        begin_notebook(client.saved, 0)
+        return cls._execute(nb, kernel_name, Client(client.saved, client.execution))
+
+    @classmethod
+    def _execute(cls, nb: Any, kernel_name: str, client: Client) -> Any:
+        "Execute a notebook once."
         ended = ("finished", "")
         try:
             _run_loop(lambda: _execute(client, kernel_name))

@@ -156,7 +156,9 @@ def differing_packages(
 
 def installed_packages() -> str:  # one `name==version` a line, Python among them
     "List what is installed here."
-    found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    folders = [p for p in sys.path if p.endswith("-packages")]  # not what Ray carries for itself
+    installed = importlib.metadata.distributions(path=folders)
+    found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in installed}
     lines = [f"{name}=={version}" for name, version in found.items()]
     return "\n".join(sorted([*lines, f"python=={sys.version.split()[0]}"]))
 

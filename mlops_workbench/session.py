@@ -225,6 +225,8 @@ def _execute_away(
     here = {"WORKBENCH_ARTIFACTS_URL": settings.artifacts, "WORKBENCH_RAY_ADDRESS": settings.ray_address}
     here |= {"WORKBENCH_DATABASE_URL": session.store.url, "OMP_NUM_THREADS": str(count_threads(os.environ))}
     seen = () if "://" in settings.artifacts else (settings.artifacts,)
+    for folder in seen:  # the nodes are asked whether they see it
+        Path(folder).mkdir(parents=True, exist_ok=True)
     content = {"stage.ipynb": stage.notebook.read_bytes()}
     baggage = Baggage(read_source(settings.root), content, {**variables, **here}, seen)
     arguments = (dict(turn.call.parameters), stage.limits, preload)

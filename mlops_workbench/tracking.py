@@ -120,11 +120,10 @@ def code_version(
 def environment_lock() -> str:  # one `name==version` a line, sorted
     "List every installed distribution, as `pip freeze` would; of two with one name, the one that is imported."
     found: dict[str, str] = {}
-    for folder in filter(os.path.isdir, sys.path):
-        for entry in os.listdir(folder):
-            if entry.endswith(".dist-info"):
-                name, _, version = entry.removesuffix(".dist-info").rpartition("-")
-                found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
+    folders = [Path(p) for p in sys.path if p.endswith("-packages")]
+    for entry in (e for folder in folders if folder.is_dir() for e in sorted(folder.glob("*.dist-info"))):
+        name, _, version = entry.stem.rpartition("-")
+        found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
     return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
 
 # %% ../nbs/08_tracking.ipynb #08-tracking-19

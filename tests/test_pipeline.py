@@ -185,7 +185,10 @@ def test_a_failing_cell_is_named_and_its_notebook_kept(project, store):
     client = open_tracking(store, settings).client
     run_id = failed["stages"][1]["mlflow_run_id"]
     assert client.get_run(run_id).info.status == "FAILED"
-    assert [f.path for f in client.list_artifacts(run_id, "notebook")] == ["notebook/1-show.ipynb"]
+    assert {f.path for f in client.list_artifacts(run_id, "notebook")} == {
+        "notebook/1-show.html",
+        "notebook/1-show.ipynb",
+    }
 
 
 def test_a_condition_that_does_not_hold_refuses_the_run(project, store):
