@@ -267,6 +267,8 @@ async def _execute(
             client.tell("note", text=f"the kernel was started cold: {manager.cold}")
         watch = asyncio.ensure_future(_watch(client, process.pid))
         try:
+            if root := execution.variables.get("WORKBENCH_ROOT"):  # the project's own modules, after all others
+                await _ask(client, f"__import__('sys').path.append({root!r}) or ''")
             await _restore_state(client)
             await _run_cells(client)
             client.set_widgets_metadata()

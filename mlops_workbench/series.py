@@ -84,8 +84,12 @@ def backfill(
     with choose_view(sys.stdout, json_) as view:
         result = run_backfill(read_settings(), BackfillOptions(pipeline, since, until, every, *shown), view)
     if not json_:
-        print(f"{result.table.to_string(index=False, na_rep='')}\n{result.folder}")
-    if (result.table["status"] != "finished").any():
+        print(
+            "\n".join(
+                [result.rows.to_string(index=False, na_rep=""), result.summary, *result.failed, str(result.folder)]
+            )
+        )
+    if result.failed:
         raise typer.Exit(1)
 
 # %% ../nbs/65_series.ipynb #65-series-10
