@@ -9,13 +9,13 @@ __all__ = ['Client', 'WorkbenchEngine', 'execute_notebook']
 import asyncio
 import contextlib
 import json
-import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import nbformat
@@ -29,6 +29,7 @@ from mlops_workbench.execution import (
     SavedNotebook,
     Stopped,
     begin_notebook,
+    cell_title,
     code_prefix,
     end_cell,
     end_notebook,
@@ -102,17 +103,6 @@ class Client(_Speaking):
         return allowed if allowed < float("inf") else None
 
 # %% ../nbs/58_engine.ipynb #58-engine-07
-def _title(
-    nb: Any,  # NotebookNode
-    index: int,  # of a cell
-) -> str:  # the heading above it
-    "Name a cell for a person."
-    for cell in reversed(nb.cells[: index + 1]):
-        if cell.cell_type == "markdown" and (found := re.search(r"^#+ (.+)", cell.source, re.M)):
-            return found.group(1).strip()
-    return ""
-
-# %% ../nbs/58_engine.ipynb #58-engine-08
 async def _run_cells(
     client: Client,
 ) -> None:
@@ -124,7 +114,7 @@ async def _run_cells(
             end_cell(client.saved, cell, "completed")
             continue
         start_cell(client.saved, cell)
-        client.tell("cell_started", cell=index, of=n_code, title=_title(client.nb, index))
+        client.tell("cell_started", cell=index, of=n_code, title=cell_title(client.nb, index))
         begun_s = time.monotonic()
         try:
             await client.async_execute_cell(cell, index)
@@ -138,7 +128,7 @@ async def _run_cells(
         client.tell("cell_finished", cell=index, of=n_code, seconds=time.monotonic() - begun_s)
         await _keep_state(client, index)
 
-# %% ../nbs/58_engine.ipynb #58-engine-09
+# %% ../nbs/58_engine.ipynb #58-engine-08
 def _cause(
     client: Client,
     error: BaseException,  # that a cell ended with
@@ -159,7 +149,7 @@ def _cause(
         return Stopped("died", _why_dead(client))
     return error
 
-# %% ../nbs/58_engine.ipynb #58-engine-10
+# %% ../nbs/58_engine.ipynb #58-engine-09
 def _why_dead(
     client: Client,
 ) -> str:
@@ -175,7 +165,7 @@ def _why_dead(
         return f"lost its kernel: it crashed with {signal.Signals(-code).name}"
     return f"lost its kernel: it ended by itself with code {code}"
 
-# %% ../nbs/58_engine.ipynb #58-engine-12
+# %% ../nbs/58_engine.ipynb #58-engine-11
 async def _watch(
     client: Client,
     pid: int,  # of the kernel
@@ -193,19 +183,23 @@ async def _watch(
             stopped_s = stopped_s + 1 if process.status() == psutil.STATUS_STOPPED else 0
             if stopped_s >= 15:
                 client.why = Stopped("died", "hangs: its kernel's process was stopped and does not continue")
-        process.kill()
+        if client.why.ended != "cancelled":  # who was only asked to stop gets the time for it
+            process.kill()
 
-# %% ../nbs/58_engine.ipynb #58-engine-14
+# %% ../nbs/58_engine.ipynb #58-engine-13
 async def _ask(
     client: Client,
     expression: str,  # Python, evaluated in the kernel and leaving no trace there
 ) -> str:  # the text that it gave
     "Ask a kernel for a value."
     asked = client.kc.execute("", silent=True, store_history=False, user_expressions={"x": expression})
-    while True:
-        reply = await client.kc.shell_channel.get_msg(timeout=600)
-        if reply["parent_header"].get("msg_id") == asked:
-            break
+    reply: Any = None
+    while reply is None or reply["parent_header"].get("msg_id") != asked:
+        try:
+            reply = await client.kc.shell_channel.get_msg(timeout=1)
+        except Empty:
+            if not await client.km.is_alive():
+                raise client.why or Stopped("died", _why_dead(client)) from None
     found = reply["content"].get("user_expressions", {}).get("x", {})
     if found.get("status") != "ok":
         raise WorkbenchError(f"{found.get('ename', 'the kernel')}: {found.get('evalue', 'did not answer')}")
@@ -213,7 +207,7 @@ async def _ask(
 
     return str(ast.literal_eval(found["data"]["text/plain"]))
 
-# %% ../nbs/58_engine.ipynb #58-engine-15
+# %% ../nbs/58_engine.ipynb #58-engine-14
 _SNAPSHOT = "__import__('mlops_workbench.snapshot', fromlist=['x'])"
 
 
@@ -248,7 +242,7 @@ async def _restore_state(
         except WorkbenchError as error:
             raise Stopped("lost", str(error)) from None
 
-# %% ../nbs/58_engine.ipynb #58-engine-17
+# %% ../nbs/58_engine.ipynb #58-engine-16
 async def _execute(
     client: Client,
     kernel_name: str,  # of the kernel spec
@@ -283,7 +277,7 @@ async def _execute(
                 times = process.cpu_times()
                 facts["cpu_seconds"] = round(sum(times[:4]), 3)
 
-# %% ../nbs/58_engine.ipynb #58-engine-18
+# %% ../nbs/58_engine.ipynb #58-engine-17
 def _run_loop(
     work: Callable[[], Any],  # makes the coroutine
 ) -> Any:
@@ -307,7 +301,7 @@ def _run_loop(
         raise box["error"]
     return box["value"]
 
-# %% ../nbs/58_engine.ipynb #58-engine-19
+# %% ../nbs/58_engine.ipynb #58-engine-18
 def _prepare(
     nb: Any,  # NotebookNode
     output_path: str | None,  # papermill's
@@ -325,7 +319,7 @@ def _prepare(
     begin_notebook(saved, first)
     return Client(saved, execution, first)
 
-# %% ../nbs/58_engine.ipynb #58-engine-20
+# %% ../nbs/58_engine.ipynb #58-engine-19
 class WorkbenchEngine:
     "The engine behind `plugin`, which papermill knows as `workbench`."
 
@@ -360,7 +354,7 @@ class WorkbenchEngine:
             end_notebook(client.saved, *ended, **client.facts)
         return nb
 
-# %% ../nbs/58_engine.ipynb #58-engine-21
+# %% ../nbs/58_engine.ipynb #58-engine-20
 def execute_notebook(
     notebook: Path | Any,  # the template, or a prepared NotebookNode
     parameters: Mapping[str, Any],  # checked

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KERNEL', 'PROGRESS', 'SNAPSHOT', 'MLFLOW', 'ignore', 'Execution', 'outside_imports', 'code_prefix', 'resume_cell',
            'take_over', 'SavedNotebook', 'begin_notebook', 'start_cell', 'end_cell', 'end_notebook', 'learn_secrets',
-           'save_notebook', 'Stopped', 'memory_mb', 'out_of_memory']
+           'save_notebook', 'Stopped', 'memory_mb', 'out_of_memory', 'cell_title']
 
 # %% ../nbs/46_execution.ipynb #46-execution-03
 import contextlib
@@ -272,3 +272,14 @@ def out_of_memory() -> int:
             if found := re.search(r"^oom_kill (\d+)", Path(path).read_text(), re.M):
                 return int(found.group(1))
     return 0
+
+# %% ../nbs/46_execution.ipynb #46-execution-21
+def cell_title(
+    nb: Any,  # NotebookNode
+    index: int,  # of a cell
+) -> str:  # the heading above it
+    "Name a cell for a person."
+    for cell in reversed(nb.cells[: index + 1]):
+        if cell.cell_type == "markdown" and (found := re.search(r"^#+ (.+)", cell.source, re.M)):
+            return found.group(1).strip()
+    return ""

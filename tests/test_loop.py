@@ -183,6 +183,7 @@ BAD = [
     ([*SMOKE, "--from", "trian"], 2, "has no stage 'trian': did you mean 'train'"),
     ([*SMOKE, "-p", "train.learning_rat=1"], 2, "did you mean 'learning_rate'"),
     ([*SMOKE, "-p", "train.rank=many"], 2, "rank is 'many' (str), expected int"),
+    ([*SMOKE, "-p", "train.learning_rate=-1.0"], 2, "learning_rate is -1.0, expected float in (0, inf)"),
     ([*SMOKE, "-p", "train.method=prefix"], 2, "Input should be 'full', 'lora', 'qlora' or 'task'"),
     (["show", "no-such-run"], 2, "no run match 'no-such-run'"),
 ]
@@ -200,7 +201,6 @@ FROM_TRAIN = [
     ("train.base_model=/no/such/folder", "/no/such/folder"),
     ("train.rank=0", "rank is 0"),
     ("train.dataset=d-000000000000", "is not in"),
-    ("train.learning_rate=-1.0", "learning_rate is -1.0"),
 ]
 
 
