@@ -1462,6 +1462,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlops_workbench.warm._loop': ('warm.html#_loop', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm._reap': ('warm.html#_reap', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm._set_threads': ('warm.html#_set_threads', 'mlops_workbench/warm.py'),
+                                      'mlops_workbench.warm._show_figures': ('warm.html#_show_figures', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm._tell': ('warm.html#_tell', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm.become': ('warm.html#become', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm.fork_hazards': ('warm.html#fork_hazards', 'mlops_workbench/warm.py'),

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -344,10 +343,8 @@ def _installed_as(
         return ""
 
 
-@cache
 def _installed_in(
     folder: str,  # on Python's path
-    changed_ns: int,  # when something was last installed in it or removed
 ) -> tuple[str, ...]:  # such as 'numpy-2.3.5'
     "List what is installed in a folder."
     endings = (".dist-info", ".egg-info") if is_installed(folder + os.sep) else (".dist-info",)
@@ -362,7 +359,7 @@ def read_environment() -> list[str]:  # such as 'numpy-2.3.5', sorted
         if not is_installed(folder + os.sep) or os.path.basename(folder).endswith(
             "-packages"
         ):  # else a package's own parts
-            found += _installed_in(folder, os.stat(folder).st_mtime_ns)
+            found += _installed_in(folder)
     return sorted(found)
 
 

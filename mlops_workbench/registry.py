@@ -121,8 +121,9 @@ def model_place(
     tracking: Tracking,
     version: ModelVersion,
 ) -> str:  # folder or fsspec URL
-    "Say where the artefact store keeps a version's files."
-    return tracking.client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
+    "Say where the artefact store keeps a version's files; beside them MLflow's loader leaves notes of its own."
+    logged = tracking.client.get_logged_model(version.source.removeprefix("models:/"))
+    return f"{logged.artifact_location.rstrip('/')}/data"
 
 # %% ../nbs/31_registry.ipynb #31-registry-15
 def fetch_model(

@@ -107,6 +107,15 @@ def _set_threads(
         threadpoolctl.threadpool_limits(n)
 
 # %% ../nbs/37_warm.ipynb #37-warm-13
+def _show_figures() -> None:
+    "Let figures be shown in the notebook: matplotlib chose how when it was imported, which was before there was a kernel."
+    backend = os.environ.get("MPLBACKEND", "")  # the kernel has set it, unless its user had
+    if "matplotlib" in sys.modules and backend:
+        sys.modules["matplotlib"].use(backend)
+        if "inline" in backend:
+            importlib.import_module("matplotlib_inline.backend_inline")._enable_matplotlib_integration()
+
+# %% ../nbs/37_warm.ipynb #37-warm-14
 def _be_kernel(
     request: Mapping[str, Any],  # argv of the kernel
 ) -> int:  # exit code
@@ -121,13 +130,14 @@ def _be_kernel(
 
     app = Kernel.instance()
     app.initialize(argv)
+    _show_figures()
     app.start()
     import atexit
 
     atexit.unregister(app.close)  # it can race the control thread's last flush, for 2.5 seconds
     return 0
 
-# %% ../nbs/37_warm.ipynb #37-warm-14
+# %% ../nbs/37_warm.ipynb #37-warm-15
 def _be_command(
     request: Mapping[str, Any],  # module with `main`, and argv
 ) -> int:  # exit code
@@ -141,7 +151,7 @@ def _be_command(
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
-# %% ../nbs/37_warm.ipynb #37-warm-15
+# %% ../nbs/37_warm.ipynb #37-warm-16
 def _child(
     request: Mapping[str, Any],
     fds: Sequence[int],  # stdin, stdout, stderr of the asker
@@ -172,7 +182,7 @@ def _child(
                 stream.flush()
         os._exit(code)
 
-# %% ../nbs/37_warm.ipynb #37-warm-17
+# %% ../nbs/37_warm.ipynb #37-warm-18
 def _tell(
     connection: socket.socket,
     answer: Mapping[str, Any],
@@ -193,7 +203,7 @@ def _hear(
     connection.settimeout(None)
     return json.loads(text or b"{}"), fds
 
-# %% ../nbs/37_warm.ipynb #37-warm-18
+# %% ../nbs/37_warm.ipynb #37-warm-19
 class WarmParent:
     "The process that was warmed, and the children it has forked."
 
@@ -235,7 +245,7 @@ class WarmParent:
             gc.freeze()  # else the first collection in a child copies every page
         return ""
 
-# %% ../nbs/37_warm.ipynb #37-warm-19
+# %% ../nbs/37_warm.ipynb #37-warm-20
 def _answer(
     parent: WarmParent,
     connection: socket.socket,
@@ -267,7 +277,7 @@ def _answer(
     parent.children[pid] = connection
     _tell(connection, {"pid": pid})
 
-# %% ../nbs/37_warm.ipynb #37-warm-20
+# %% ../nbs/37_warm.ipynb #37-warm-21
 def _reap(
     parent: WarmParent,
 ) -> None:
@@ -299,7 +309,7 @@ def _abandon(
     except ProcessLookupError:
         os.kill(pid, signal.SIGKILL)  # so young that it leads no group yet
 
-# %% ../nbs/37_warm.ipynb #37-warm-21
+# %% ../nbs/37_warm.ipynb #37-warm-22
 def serve(
     path: str,  # of the socket
     idle_s: float = 900.0,  # seconds
@@ -328,7 +338,7 @@ def serve(
     finally:
         Path(path).unlink(missing_ok=True)
 
-# %% ../nbs/37_warm.ipynb #37-warm-22
+# %% ../nbs/37_warm.ipynb #37-warm-23
 def _loop(
     parent: WarmParent,
     server: socket.socket,
@@ -349,7 +359,7 @@ def _loop(
             parent.heard_s = time.monotonic()
             _answer(parent, server.accept()[0], server)
 
-# %% ../nbs/37_warm.ipynb #37-warm-23
+# %% ../nbs/37_warm.ipynb #37-warm-24
 KERNEL_PARTS = (
     "ipykernel.debugger",
     "ipykernel.heartbeat",
@@ -365,7 +375,7 @@ KERNEL_PARTS += (
 )
 KERNEL_PARTS += ("IPython.utils.wildcard", "tornado.gen", "tornado.locks", "tornado.platform.asyncio", "tornado.queues")
 
-# %% ../nbs/37_warm.ipynb #37-warm-24
+# %% ../nbs/37_warm.ipynb #37-warm-25
 if __name__ == "__main__":
     sys.path.pop(0)  # the folder of this package: its modules are not to be found by accident
     sys.modules["debugpy"] = None  # each kernel would spend a third of a second on a debugger that nobody can reach

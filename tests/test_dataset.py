@@ -131,6 +131,8 @@ def test_a_store_that_cannot_be_used_is_told_in_one_line(tmp_path):
 
 def test_many_may_fetch_at_once(homes):
     here, there = homes
+    if here.artifacts.startswith("memory:"):
+        pytest.skip("fsspec's memory files share one position among all readers")
     dataset = frozen(here)
     publish_dataset(here, dataset)
     found, begin = [], threading.Barrier(6)

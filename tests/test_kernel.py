@@ -210,3 +210,15 @@ def test_plain_papermill_can_use_the_engine(tmp_path, code, ended, words):
     assert words in executed["metadata"]["workbench"]["reason"]
     statuses = [c["metadata"]["papermill"]["status"] for c in executed["cells"] if c["cell_type"] == "code"]
     assert statuses == (["completed", "completed"] if ended == "finished" else ["failed", "pending"])
+
+
+def test_a_forked_kernel_shows_figures():
+    async def go() -> list[str]:
+        preload = [("matplotlib.pyplot", ("figure",)), ("matplotlib.figure", ("Figure",))]
+        shown = []
+        async with started_kernel("python3", dict(os.environ), Path.cwd(), preload) as (_, client):
+            code = "import matplotlib.pyplot as plt\nfigure, axes = plt.subplots()\nplt.close(figure)\nfigure"
+            await client.execute_interactive(code, timeout=60, output_hook=shown.append)
+        return [kind for m in shown for kind in m["content"].get("data", {})]
+
+    assert "image/png" in asyncio.run(go())
