@@ -10,10 +10,11 @@ __all__ = ['COLUMNS', 'SPLITS', 'typed_examples', 'Split', 'plan_split', 'split_
 # %% ../nbs/13_dataset.ipynb #13-dataset-03
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -226,6 +227,17 @@ def _stored(
         return {}
 
 
+def _damaged(
+    files: Any,  # fsspec file system
+    folder: str,  # of a version in it
+    note: Mapping[str, Any],  # from `_stored`
+) -> list[str]:  # names of files
+    "Find the files of a stored version that are not what was written."
+    return [
+        n for n, known in note.items() if hashlib.sha256(files.cat_file(f"{folder}/{n}")).hexdigest() != known["sha256"]
+    ]
+
+
 @contextmanager
 def _reaching(
     settings: Settings,
@@ -245,14 +257,11 @@ def _put(
     source: Path,  # a file
     target: str,  # path in the file system
 ) -> None:
-    "Copy a file to the artefact store; in a folder of the same disk, link it."
+    "Copy a file to the artefact store."
     if "file" not in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,)):
         return files.put_file(str(source), target)
     beside = Path(f"{target}.{new_id()}")
-    try:
-        os.link(source, beside)
-    except OSError:  # another disk
-        shutil.copyfile(source, beside)
+    shutil.copyfile(source, beside)  # not a link: what damages one of them would damage both
     os.replace(beside, target)
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-26
@@ -260,10 +269,10 @@ def publish_dataset(
     settings: Settings,
     dataset: DatasetVersion,  # written below `settings.home`
 ) -> bool:  # False: it was there
-    "Keep a dataset version in the artefact store; what is there already is left alone."
+    "Keep a dataset version in the artefact store; what is there already and whole is left alone."
     with _reaching(settings):
         files, folder = fsspec.core.url_to_fs(dataset_place(settings, dataset.task, dataset.version))
-        if _stored(files, folder):
+        if (kept := _stored(files, folder)) and not _damaged(files, folder, kept):
             return False
         note = {n: {"sha256": digest_file(dataset.path / n), "size": (dataset.path / n).stat().st_size} for n in _FILES}
         files.makedirs(folder, exist_ok=True)
@@ -278,24 +287,23 @@ def fetch_dataset(
     task: str,  # the task's name
     version: str,  # such as 'd-7f3a0c1b2d4e'
 ) -> bool:  # False: the artefact store has none
-    "Bring a dataset version from the artefact store, all of it or nothing."
+    "Bring a dataset version from the artefact store in place of what is here, all of it or nothing."
     path = settings.home / "datasets" / task / version
     with _reaching(settings):
         files, folder = fsspec.core.url_to_fs(dataset_place(settings, task, version))
         if not (note := _stored(files, folder)):
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".fetching-", dir=path.parent))
-        try:
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as beside:
+            whole = Path(beside) / "whole"
+            whole.mkdir()
             for name in note:
-                files.get_file(f"{folder}/{name}", str(beside / name))
-            if damaged := [n for n, known in note.items() if digest_file(beside / n) != known["sha256"]]:
-                raise WorkbenchError(f"{damaged[0]} in {folder} is damaged: remove it and run the prep stage again")
-            beside.chmod(0o755)
+                files.get_file(f"{folder}/{name}", str(whole / name))
+            if damaged := [n for n, known in note.items() if digest_file(whole / n) != known["sha256"]]:
+                raise WorkbenchError(f"{damaged[0]} in {folder} is damaged: run the prep stage again to rebuild it")
             with suppress(OSError):  # another process was faster
-                os.rename(beside, path)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+                path.is_dir() and path.rename(Path(beside) / "replaced")
+                whole.rename(path)
     return True
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-28
@@ -328,34 +336,44 @@ def freeze_dataset(
     return dataset
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-30
+def _read_version(
+    path: Path,  # folder of the version
+    settings: Settings,
+) -> tuple[DatasetVersion, pd.DataFrame]:  # the version, and its rows
+    "Read the folder of a dataset version, refusing one that has changed."
+    name, again = f"dataset {path.parent.name}/{path.name}", "run the prep stage again to rebuild it"
+    try:
+        schema = json.loads((path / "schema.json").read_text())
+        rows = pd.read_parquet(path / "data.parquet")
+        fields = {key: schema[key] for key in DatasetVersion.__dataclass_fields__ if key != "path"}
+        found = fingerprint(typed_examples(rows))
+    except FileNotFoundError:
+        raise WorkbenchError(f"{name} is not in {path.parent} nor in {settings.artifacts}: {again}") from None
+    except Exception as error:  # pyarrow and json each raise several types for a damaged file
+        raise WorkbenchError(f"{name} cannot be read ({type(error).__name__}): {again}") from error
+    if found != schema["fingerprint"] or path.name != f"d-{found[:12]}":
+        asked = f"its content has fingerprint {found[:12]}, expected {path.name.removeprefix('d-')}"
+        raise WorkbenchError(f"{name} has changed: {asked}: {again}")
+    return DatasetVersion(**fields, path=path), rows
+
+# %% ../nbs/13_dataset.ipynb #13-dataset-31
 def read_dataset(
     settings: Settings,
     task: str,  # the task's name
     version: str,  # such as 'd-7f3a0c1b2d4e'
 ) -> tuple[DatasetVersion, pd.DataFrame]:  # the version, and its rows
-    "Read a dataset version, refusing one that has changed."
+    "Read a dataset version; a copy here that is missing or has changed is fetched again, or refused."
     path = settings.home / "datasets" / task / version
-    again = "run the prep stage again to rebuild it"
-    path.is_dir() or fetch_dataset(settings, task, version)
     try:
-        schema = json.loads((path / "schema.json").read_text())
-        rows = pd.read_parquet(path / "data.parquet")
-    except FileNotFoundError:
-        raise WorkbenchError(
-            f"dataset {task}/{version} is not in {path.parent} nor in {settings.artifacts}: {again}"
-        ) from None
-    except Exception as error:  # pyarrow and json each raise several types for a damaged file
-        raise WorkbenchError(f"dataset {task}/{version} cannot be read ({type(error).__name__}): {again}") from error
-    found = fingerprint(typed_examples(rows))
-    if found != schema["fingerprint"]:
-        raise WorkbenchError(
-            f"dataset {task}/{version} has changed: its content has fingerprint {found[:12]}, "
-            f"expected {schema['fingerprint'][:12]}: {again}"
-        )
-    fields = {name: schema[name] for name in DatasetVersion.__dataclass_fields__ if name != "path"}
-    return DatasetVersion(**fields, path=path), rows
+        return _read_version(path, settings)
+    except WorkbenchError as refused:
+        if not fetch_dataset(settings, task, version):
+            raise
+        if path.is_dir() and "is not in" not in str(refused):
+            logging.getLogger(__name__).warning("%s; the artefact store's copy took its place", refused)
+        return _read_version(path, settings)
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-36
+# %% ../nbs/13_dataset.ipynb #13-dataset-39
 def newest_dataset(
     store: Store,
     task: str,  # the task's name
@@ -368,7 +386,7 @@ def newest_dataset(
         raise WorkbenchError(f"task {task!r} has no dataset yet: run the prep stage first")
     return found[0]["version"]
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-40
+# %% ../nbs/13_dataset.ipynb #13-dataset-43
 def plot_dataset(
     rows: pd.DataFrame,  # dataset rows
 ) -> Any:  # matplotlib Figure

@@ -1,7 +1,6 @@
 "Dataset versions travel through the artefact store: whole, once, and unchanged."
 
 import json
-import os
 import shutil
 import threading
 
@@ -12,6 +11,7 @@ from mlops_workbench.core import WorkbenchError
 from mlops_workbench.dataset import (
     describe_dataset,
     fetch_dataset,
+    fingerprint,
     freeze_dataset,
     plan_split,
     publish_dataset,
@@ -73,14 +73,25 @@ def test_freezing_publishes(store, tmp_path):
     assert read_dataset(there, "planner", dataset.version)[0].fingerprint == dataset.fingerprint
 
 
-def test_on_one_disk_it_costs_nothing(tmp_path):
-    here = Settings("local", tmp_path, tmp_path / "home")
+@pytest.mark.parametrize("damage", [b"PAR1", None])
+def test_a_damaged_copy_is_replaced_from_the_store(homes, damage):
+    here, there = homes
     dataset = frozen(here)
     publish_dataset(here, dataset)
-    kept = tmp_path / "home" / "artifacts" / "datasets" / "planner" / dataset.version / "data.parquet"
-    assert os.path.samefile(kept, dataset.path / "data.parquet")
-    write_dataset(split_examples(typed_examples(examples()), SPLIT), dataset)  # written beside and renamed
+    data = dataset.path / "data.parquet"
+    data.unlink() if damage is None else data.write_bytes(damage)  # in place: the store's copy must not notice
     assert read_dataset(here, "planner", dataset.version)[0] == dataset
+    assert fingerprint(typed_examples(pd.read_parquet(data))) == dataset.fingerprint
+    assert sorted(p.name for p in dataset.path.parent.iterdir()) == [dataset.version], "nothing is left beside it"
+    assert read_dataset(there, "planner", dataset.version)[0].fingerprint == dataset.fingerprint
+
+
+def test_a_folder_that_holds_another_version_is_not_taken_for_it(tmp_path):
+    here = Settings("local", tmp_path, tmp_path / "home")
+    dataset = frozen(here)
+    dataset.path.rename(dataset.path.parent / "d-000000000000")
+    with pytest.raises(WorkbenchError, match="has changed: its content has fingerprint .*, expected 000000000000"):
+        read_dataset(here, "planner", "d-000000000000")
 
 
 @pytest.mark.parametrize("name", ["data.parquet", "schema.json", "stored.json"])
@@ -103,11 +114,12 @@ def test_a_damaged_version_is_not_taken(tmp_path):
     kept = tmp_path / "shelf" / "datasets" / "planner" / dataset.version / "data.parquet"
     damaged = bytearray(kept.read_bytes())
     damaged[len(damaged) // 2] ^= 1
-    kept.unlink()  # a link: writing into it would damage the original as well
     kept.write_bytes(damaged)
     with pytest.raises(WorkbenchError, match="data.parquet in .* is damaged"):
         read_dataset(there, "planner", dataset.version)
     assert not list((there.home / "datasets" / "planner").iterdir())
+    assert publish_dataset(here, dataset) is True, "what is damaged is written again"
+    assert read_dataset(there, "planner", dataset.version)[0].fingerprint == dataset.fingerprint
 
 
 def test_a_note_that_makes_no_sense_is_no_version(tmp_path):

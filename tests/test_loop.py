@@ -218,14 +218,18 @@ def test_a_training_that_cannot_work_registers_nothing(looped, parameter, words)
     assert looped.json("show")["status"] == "failed"
 
 
-def test_a_damaged_dataset_is_refused_and_prep_heals_it(looped):
+def test_a_damaged_dataset_is_healed_or_refused_and_prep_makes_it_again(looped):
     (data,) = (looped.home / "datasets" / "planner").glob("*/data.parquet")
+    (kept,) = (looped.home / "artifacts" / "datasets" / "planner").glob("*/data.parquet")
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read" in looped.run(*SMOKE, "--from", "train", "--force", code=1)
-    data.unlink()
-    assert "is not in" in looped.run(*SMOKE, "--from", "train", "--force", code=1)
-    assert "prep finished" in looped.run(*SMOKE), "an output that is damaged is made again"
+    looped.run(*SMOKE, "--only", "train", "--force")
+    assert data.read_bytes() == whole, "the artefact store's copy took its place"
+    for damaged, said in ((whole[: len(whole) // 2], "cannot be read"), (None, "is not in")):
+        for path in (data, kept):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+        assert said in looped.run(*SMOKE, "--from", "train", "--force", code=1)
+        assert "prep finished" in looped.run(*SMOKE), "an output that is damaged is made again"
 
 
 def wait_for(command: subprocess.Popen, words: str) -> None:
