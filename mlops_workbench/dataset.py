@@ -14,19 +14,17 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pandas as pd
 
-from .core import WorkbenchError, as_utc, canonical_bytes, digest_file, new_id
+from .core import WorkbenchError, as_utc, canonical_bytes
 from .settings import Settings
+from .shelf import fetch_folder, keep_folder
 from .store import Store, read_rows, transaction, write_rows
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-06
@@ -203,7 +201,6 @@ def write_dataset(
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-23
 _FILES = ("data.parquet", "summary.md", "schema.json")
-_NOTE = "stored.json"  # written last: file → digest
 
 
 def dataset_place(
@@ -215,98 +212,23 @@ def dataset_place(
     return f"{settings.artifacts.rstrip('/')}/datasets/{task}/{version}"
 
 # %% ../nbs/13_dataset.ipynb #13-dataset-24
-def _stored(
-    files: Any,  # fsspec file system
-    folder: str,  # of a version in it
-) -> dict[str, Any]:  # file → digest and size; empty when the version is not there, or not whole
-    "Read what the artefact store holds of a dataset version."
-    try:
-        note = json.loads(files.cat_file(f"{folder}/{_NOTE}"))
-        return note if all(files.size(f"{folder}/{name}") == known["size"] for name, known in note.items()) else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _damaged(
-    files: Any,  # fsspec file system
-    folder: str,  # of a version in it
-    note: Mapping[str, Any],  # from `_stored`
-) -> list[str]:  # names of files
-    "Find the files of a stored version that are not what was written."
-    return [
-        n for n, known in note.items() if hashlib.sha256(files.cat_file(f"{folder}/{n}")).hexdigest() != known["sha256"]
-    ]
-
-
-@contextmanager
-def _reaching(
-    settings: Settings,
-) -> Iterator[None]:
-    "Tell in one line what goes wrong with the artefact store."
-    try:
-        yield
-    except WorkbenchError:
-        raise
-    except Exception as error:  # every kind of place raises its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise WorkbenchError(f"the artefact store {settings.artifacts} cannot be used: {reason[:300]}") from error
-
-# %% ../nbs/13_dataset.ipynb #13-dataset-25
-def _put(
-    files: Any,  # fsspec file system
-    source: Path,  # a file
-    target: str,  # path in the file system
-) -> None:
-    "Copy a file to the artefact store."
-    if "file" not in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,)):
-        return files.put_file(str(source), target)
-    beside = Path(f"{target}.{new_id()}")
-    shutil.copyfile(source, beside)  # not a link: what damages one of them would damage both
-    os.replace(beside, target)
-
-# %% ../nbs/13_dataset.ipynb #13-dataset-26
 def publish_dataset(
     settings: Settings,
     dataset: DatasetVersion,  # written below `settings.home`
 ) -> bool:  # False: it was there
     "Keep a dataset version in the artefact store; what is there already and whole is left alone."
-    with _reaching(settings):
-        files, folder = fsspec.core.url_to_fs(dataset_place(settings, dataset.task, dataset.version))
-        if (kept := _stored(files, folder)) and not _damaged(files, folder, kept):
-            return False
-        note = {n: {"sha256": digest_file(dataset.path / n), "size": (dataset.path / n).stat().st_size} for n in _FILES}
-        files.makedirs(folder, exist_ok=True)
-        for name in _FILES:
-            _put(files, dataset.path / name, f"{folder}/{name}")
-        files.pipe_file(f"{folder}/{_NOTE}", json.dumps(note).encode())
-    return True
+    return keep_folder(dataset.path, _FILES, dataset_place(settings, dataset.task, dataset.version))
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-27
+
 def fetch_dataset(
     settings: Settings,
     task: str,  # the task's name
     version: str,  # such as 'd-7f3a0c1b2d4e'
 ) -> bool:  # False: the artefact store has none
     "Bring a dataset version from the artefact store in place of what is here, all of it or nothing."
-    path = settings.home / "datasets" / task / version
-    with _reaching(settings):
-        files, folder = fsspec.core.url_to_fs(dataset_place(settings, task, version))
-        if not (note := _stored(files, folder)):
-            return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as beside:
-            whole = Path(beside) / "whole"
-            whole.mkdir()
-            for name in note:
-                files.get_file(f"{folder}/{name}", str(whole / name))
-            if damaged := [n for n, known in note.items() if digest_file(whole / n) != known["sha256"]]:
-                raise WorkbenchError(f"{damaged[0]} in {folder} is damaged: run the prep stage again to rebuild it")
-            with suppress(OSError):  # another process was faster
-                path.is_dir() and path.rename(Path(beside) / "replaced")
-                whole.rename(path)
-    return True
+    return fetch_folder(dataset_place(settings, task, version), settings.home / "datasets" / task / version)
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-28
+# %% ../nbs/13_dataset.ipynb #13-dataset-25
 def freeze_dataset(
     store: Store,
     settings: Settings,
@@ -335,7 +257,7 @@ def freeze_dataset(
         write_rows(connection, "exp.datasets", [record], key=("task", "version"))
     return dataset
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-30
+# %% ../nbs/13_dataset.ipynb #13-dataset-27
 def _read_version(
     path: Path,  # folder of the version
     settings: Settings,
@@ -356,7 +278,7 @@ def _read_version(
         raise WorkbenchError(f"{name} has changed: {asked}: {again}")
     return DatasetVersion(**fields, path=path), rows
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-31
+# %% ../nbs/13_dataset.ipynb #13-dataset-28
 def read_dataset(
     settings: Settings,
     task: str,  # the task's name
@@ -373,7 +295,7 @@ def read_dataset(
             logging.getLogger(__name__).warning("%s; the artefact store's copy took its place", refused)
         return _read_version(path, settings)
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-39
+# %% ../nbs/13_dataset.ipynb #13-dataset-33
 def newest_dataset(
     store: Store,
     task: str,  # the task's name
@@ -386,7 +308,7 @@ def newest_dataset(
         raise WorkbenchError(f"task {task!r} has no dataset yet: run the prep stage first")
     return found[0]["version"]
 
-# %% ../nbs/13_dataset.ipynb #13-dataset-43
+# %% ../nbs/13_dataset.ipynb #13-dataset-37
 def plot_dataset(
     rows: pd.DataFrame,  # dataset rows
 ) -> Any:  # matplotlib Figure

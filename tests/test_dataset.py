@@ -136,7 +136,7 @@ def test_a_note_that_makes_no_sense_is_no_version(tmp_path):
 def test_a_store_that_cannot_be_used_is_told_in_one_line(tmp_path):
     for place in ("nowhere://models", "/proc/nothing/here"):
         here = Settings("local", tmp_path, tmp_path / "here", None, place)
-        with pytest.raises(WorkbenchError, match="the artefact store .* cannot be used") as told:
+        with pytest.raises(WorkbenchError, match="the artefact store cannot be used") as told:
             publish_dataset(here, frozen(here))
         assert "\n" not in str(told.value)
 
