@@ -76,14 +76,25 @@ def runtime_folder() -> Path:  # below it a socket's path stays under 107 bytes
     return folder
 
 # %% ../nbs/38_fork.ipynb #38-fork-08
+def _package_state() -> list[list[Any]]:  # path, size and time of every file
+    "Say what this package's code is."
+    folder = Path(__file__).parent
+    return [
+        [str(folder)],
+        *([e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in sorted(os.scandir(folder), key=str)),
+    ]
+
+
 def parent_socket(
-    variables: Mapping[str, str],  # environment of a kernel
+    variables: Mapping[str, str],  # environment of a kernel or a command
+    own: bool = False,  # with this package's own code in it: for commands
 ) -> Path:
     "Name the socket of the warm parent that can stand in for a fresh process."
     alike = {
         "python": [sys.prefix, sys.version],
         "packages": environment_digest(),
         "variables": startup_variables(variables),
+        "package": _package_state() if own else [],
     }
     mark = hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()
     return runtime_folder() / f"w-{mark[:16]}"
@@ -104,12 +115,19 @@ START_S = 60.0  # it must listen after that long
 def _start_parent(
     path: Path,  # of its socket
     variables: Mapping[str, str],  # environment of a kernel
+    own: bool,  # with this package's own code in it
 ) -> None:
     "Start a warm parent; of two that start at once the second ends by itself."
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     with open(f"{path}.log", "wb") as log:
         subprocess.Popen(
-            [sys.executable, warm.__file__, str(path), str(IDLE_S)],
+            [
+                sys.executable,
+                warm.__file__,
+                str(path),
+                str(IDLE_S),
+                *([str(Path(__file__).parent.parent)] if own else []),
+            ],
             env=startup_variables(variables) | one | {"PATH": os.environ.get("PATH", "")},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -120,10 +138,11 @@ def _start_parent(
 
 # %% ../nbs/38_fork.ipynb #38-fork-11
 def _connect(
-    path: Path,  # of the socket
     variables: Mapping[str, str],  # environment of a kernel
+    own: bool,  # with this package's own code in it
 ) -> socket.socket:
     "Connect to the warm parent, starting it where there is none."
+    path = parent_socket(variables, own)
     deadline, started_s = time.monotonic() + START_S, 0.0
     while True:
         connection = socket.socket(socket.AF_UNIX)
@@ -133,7 +152,7 @@ def _connect(
         except OSError:
             connection.close()
         if time.monotonic() - started_s > 8:  # the one before may have been ending, and this one then did not begin
-            _start_parent(path, variables)
+            _start_parent(path, variables, own)
             started_s = time.monotonic()
         if time.monotonic() > deadline:
             said = " ".join(Path(f"{path}.log").read_text()[-300:].split())
@@ -150,18 +169,19 @@ def _ask_parent(
     text = json.dumps(ours | dict(request)).encode() + b"\n"
     with open(os.devnull, "r+b") as nothing:  # what a kernel prints comes as messages
         streams = [0, 1, 2] if request["kind"] == "command" else [nothing.fileno()] * 3
-        return _try_parent(variables, text, streams)
+        return _try_parent(variables, text, streams, request["kind"] == "command")
 
 
 def _try_parent(
     variables: Mapping[str, str],  # environment of the process
     text: bytes,  # the request
     streams: Sequence[int],  # descriptors for its stdin, stdout and stderr
+    own: bool,  # by a parent with this package's own code in it
 ) -> tuple[socket.socket, int]:  # as `_ask_parent`
     "Ask until a parent can be forked."
     answer: dict[str, Any] = {}
     for _ in range(4):  # each time the parent has learned which package to leave alone
-        connection = _connect(parent_socket(variables), variables)
+        connection = _connect(variables, own)
         with contextlib.suppress(OSError):
             sent = socket.send_fds(connection, [text], streams)
             connection.sendall(text[sent:])

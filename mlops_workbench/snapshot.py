@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,26 @@ def _is_packaged(
 _packaged: dict[str, str] = {}  # modules that a package brought → their file; there are thousands, and they stay
 
 
-def _project_modules() -> list[str]:  # in the order of their import
+def _new_modules(
+    shell: Any,  # IPython's
+) -> list[str]:  # in the order of their import
+    "List the modules that came since this kernel was forked: looking at the thousands before would copy their pages."
+    known = shell._sys_modules_keys  # of a forked kernel: what its parent had imported, packages all of it
+    n_new = len(sys.modules) - len(known)
+    if not isinstance(known, frozenset) or n_new < 0:
+        return list(sys.modules)
+    last, *new = reversed(list(islice(reversed(sys.modules), n_new + 1)))
+    fits = last in known and known.isdisjoint(new)  # else a module was taken out, or imported anew
+    return new if fits else list(sys.modules)
+
+
+def _project_modules(
+    shell: Any,  # IPython's
+) -> list[str]:  # in the order of their import
     "List the imported modules that no package brought: a run records which files its result depends on."
     found = []
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None) or ""
+    for name in _new_modules(shell):
+        file = getattr(sys.modules.get(name), "__file__", None) or ""
         if name == "__main__" or not file or _packaged.get(name) == file:
             continue
         if _is_packaged(os.path.dirname(file)):
@@ -196,7 +212,7 @@ def _world(
     cells = {name: entry for name, entry in linecache.cache.items() if "ipykernel_" in name and len(entry) == 4}
     lines = {name: (size, None, [redact(line) for line in text], full) for name, (size, _, text, full) in cells.items()}
     world = {"folder": os.getcwd(), "path": list(sys.path), "environment": _environment(), "lines": lines}
-    world |= {"modules": _project_modules(), "extensions": sorted(shell.extension_manager.loaded)}
+    world |= {"modules": _project_modules(shell), "extensions": sorted(shell.extension_manager.loaded)}
     world |= {"count": shell.execution_count, "secrets": sorted(spell_secrets())}
     loaded = {name: sys.modules[name] for name in _STATES if name in sys.modules}
     return world | {"states": {name: _STATES[name][0](module) for name, module in loaded.items()}}

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import re
+import selectors
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -33,16 +34,25 @@ from .server import enter_server, leave_server
 from .settings import Settings
 
 # %% ../nbs/03_store.ipynb #03-store-06
+_others: list[
+    Any
+] = []  # connections of the process that this one was forked from: closing them here would end them there
+
+
 @dataclass
 class Store:
     "A PostgreSQL database that is ready for use."
 
     url: str = field(repr=False)  # libpq URL; may hold a password: never show it
     _release: Callable[[], None] | None = field(default=None, repr=False)  # leaves the embedded server
+    _idle: list | None = field(default_factory=list, repr=False, compare=False)  # (process, connection); None: closed
 
     def close(self) -> None:
         "Leave the database; closing twice is closing once."
         release, self._release = self._release, None
+        idle, self._idle = self._idle or (), None
+        for owner, connection in idle:
+            connection.close() if owner == os.getpid() else _others.append(connection)
         atexit.unregister(self.close)
         if release:
             release()
@@ -100,30 +110,68 @@ def connect(
 ) -> psycopg.Connection:  # rows are dictionaries, times are UTC, nothing is committed by itself
     "Open a connection; the caller closes it."
     try:
-        connection = psycopg.connect(_with_timeout(store.url), autocommit=True, row_factory=dict_row)
+        # nothing is prepared: psycopg does not see that DISCARD ALL, sent again, drops what it had prepared
+        connection = psycopg.connect(
+            _with_timeout(store.url), autocommit=True, row_factory=dict_row, prepare_threshold=None
+        )
         connection.execute("SET TIME ZONE 'UTC'")  # while nothing can roll it back
         connection.autocommit = False
     except psycopg.Error as error:
         raise _told(error, store.url) from None
     return connection
 
-# %% ../nbs/03_store.ipynb #03-store-10
+# %% ../nbs/03_store.ipynb #03-store-11
+def _borrow(
+    store: Store,  # where
+) -> psycopg.Connection:
+    "Take the connection that waits, if it lives and is ours, or open one."
+    while store._idle:
+        owner, connection = store._idle.pop()
+        if owner != os.getpid():
+            _others.append(connection)
+            continue
+        with selectors.DefaultSelector() as heard:
+            heard.register(connection.fileno(), selectors.EVENT_READ)
+            if not heard.select(0):  # else the server has said goodbye
+                return connection
+        connection.close()
+    return connect(store)
+
+
+def _give_back(
+    store: Store,  # where
+    connection: psycopg.Connection,  # after its transaction
+) -> None:
+    "Keep a connection for the next transaction, as if it were new, or close it."
+    with suppress(psycopg.Error):
+        if store._idle == []:
+            connection.autocommit = True
+            connection.execute("DISCARD ALL")
+            connection.execute("SET TIME ZONE 'UTC'")
+            connection.autocommit = False
+            store._idle.append((os.getpid(), connection))
+            return
+    connection.close()
+
+# %% ../nbs/03_store.ipynb #03-store-12
 @contextmanager
 def transaction(
     store: Store,  # where
 ) -> Iterator[psycopg.Connection]:  # use it inside the block only
     "Do everything in the block or nothing of it."
-    connection = connect(store)
+    connection = _borrow(store)
     try:
         with connection.transaction():
             yield connection
-    except psycopg.Error as error:
+    except BaseException as error:
+        connection.close()
+        if not isinstance(error, psycopg.Error):
+            raise
         told = _told(error, store.url)
         raise told from (None if told is error else error)
-    finally:
-        connection.close()
+    _give_back(store, connection)
 
-# %% ../nbs/03_store.ipynb #03-store-11
+# %% ../nbs/03_store.ipynb #03-store-13
 def read_rows(
     connection: psycopg.Connection,  # inside a transaction
     sql: str,  # a query; `%s` stands for a parameter
@@ -132,7 +180,7 @@ def read_rows(
     "Read a few rows, typed by Python."
     return connection.execute(sql, parameters or None).fetchall()
 
-# %% ../nbs/03_store.ipynb #03-store-12
+# %% ../nbs/03_store.ipynb #03-store-14
 @contextmanager
 def advisory_lock(
     connection: psycopg.Connection,  # inside a transaction, or not
@@ -143,7 +191,7 @@ def advisory_lock(
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"mlops_workbench.{name}",))
         yield
 
-# %% ../nbs/03_store.ipynb #03-store-14
+# %% ../nbs/03_store.ipynb #03-store-16
 @dataclass(frozen=True)
 class Migration:
     "One numbered step of a schema."
@@ -158,7 +206,7 @@ class Migration:
         "Return the digest that the database remembers."
         return hashlib.sha256(self.sql.encode()).hexdigest()
 
-# %% ../nbs/03_store.ipynb #03-store-15
+# %% ../nbs/03_store.ipynb #03-store-17
 def read_migrations(
     folder: Path | Traversable,  # holds files such as '0001_events.sql'
     namespace: str,  # who owns the numbers
@@ -176,7 +224,7 @@ def read_migrations(
         found[number] = Migration(namespace, number, file.name, file.read_text(encoding="utf-8"))
     return list(found.values())
 
-# %% ../nbs/03_store.ipynb #03-store-16
+# %% ../nbs/03_store.ipynb #03-store-18
 def choose_migrations(
     migrations: Iterable[Migration],  # what the code knows, one namespace
     applied: Mapping[int, tuple[str, str]],  # what the database has: version → name and sha256
@@ -201,7 +249,7 @@ def choose_migrations(
         )
     return missing
 
-# %% ../nbs/03_store.ipynb #03-store-17
+# %% ../nbs/03_store.ipynb #03-store-19
 _HISTORY = """
 CREATE SCHEMA IF NOT EXISTS exp;
 CREATE TABLE IF NOT EXISTS exp.schema_migrations (
@@ -237,7 +285,7 @@ def apply_migrations(
             connection.execute("INSERT INTO exp.schema_migrations VALUES (%s, %s, %s, %s)", row)
     return missing
 
-# %% ../nbs/03_store.ipynb #03-store-20
+# %% ../nbs/03_store.ipynb #03-store-22
 def _check_server(
     version: int,  # as the server tells it: 150004 is 15.4
     read_only: bool,  # the role, the database or a standby refuses to write
@@ -267,7 +315,7 @@ def _ready(
         raise
     return store
 
-# %% ../nbs/03_store.ipynb #03-store-21
+# %% ../nbs/03_store.ipynb #03-store-23
 def _embedded(
     home: Path,  # local state
     durable: bool = True,  # False: a throwaway server
@@ -289,7 +337,7 @@ def open_store(
     _place(settings.database_url)  # what is no URL is refused here, before a driver repeats it
     return _ready(Store(settings.database_url))
 
-# %% ../nbs/03_store.ipynb #03-store-22
+# %% ../nbs/03_store.ipynb #03-store-24
 @contextmanager
 def temporary_store() -> Iterator[Store]:  # gone after the block
     "Open a store on a throwaway server, for tests and examples."
@@ -298,14 +346,14 @@ def temporary_store() -> Iterator[Store]:  # gone after the block
         with _embedded(Path(folder), durable=False) as store:
             yield store
 
-# %% ../nbs/03_store.ipynb #03-store-29
+# %% ../nbs/03_store.ipynb #03-store-31
 def as_json(
     value: Any,  # of a column
 ) -> Any:  # what the driver takes for it
     "Wrap a dictionary or a list for a jsonb column; any other value is its own."
     return Jsonb(value, dumps=partial(json.dumps, allow_nan=False)) if isinstance(value, dict | list) else value
 
-# %% ../nbs/03_store.ipynb #03-store-30
+# %% ../nbs/03_store.ipynb #03-store-32
 def copy_rows(
     connection: psycopg.Connection,  # inside a transaction
     table: str,  # whose columns the rows have, such as 'exp.events'
@@ -332,7 +380,7 @@ def copy_rows(
             copy.write_row([as_json(row[name]) for name in names])
     return f"incoming_{n}"
 
-# %% ../nbs/03_store.ipynb #03-store-31
+# %% ../nbs/03_store.ipynb #03-store-33
 def write_rows(
     connection: psycopg.Connection,  # inside a transaction
     table: str,  # such as 'exp.datasets'
@@ -350,7 +398,7 @@ def write_rows(
         insert += sqltext.SQL(" ORDER BY {} ON CONFLICT ({}) DO NOTHING").format(keys, keys)
     return connection.execute(insert).rowcount
 
-# %% ../nbs/03_store.ipynb #03-store-36
+# %% ../nbs/03_store.ipynb #03-store-38
 def read_table(
     store: Store,  # where
     sql: str,  # a query; `$1`, `$2`, … stand for parameters

@@ -70,8 +70,11 @@ def shed_project(
     return shed
 
 # %% ../nbs/37_warm.ipynb #37-warm-11
+_left_alone: list[Any] = []  # what a child does without and must not take apart: that would copy its pages
+
+
 def become(
-    request: Mapping[str, Any],  # cwd, env, umask, threads, search
+    request: Mapping[str, Any],  # cwd, env, umask, threads, search, pools
 ) -> None:
     "Turn a forked child into a process that was just started."
     signal.set_wakeup_fd(-1)
@@ -84,27 +87,33 @@ def become(
     os.environ.update(request["env"])
     time.tzset()
     sys.path[:] = request["search"]
-    sys.path_importer_cache.clear()
+    _left_alone.extend((sys.path_importer_cache, weakref.finalize._registry))
+    sys.path_importer_cache = {}
     importlib.invalidate_caches()
     random.seed()
-    weakref.finalize._registry.clear()  # what the parent would clean up at its end is the parent's
+    weakref.finalize._registry = {}  # what the parent would clean up at its end is the parent's
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
-    _set_threads(request["threads"])
+    _set_threads(request["threads"], request["pools"])
 
 # %% ../nbs/37_warm.ipynb #37-warm-12
 def _set_threads(
     n: int,  # threads for parallel operations
+    pools: Any,  # threadpoolctl's controller, None without it
 ) -> None:
     "Give numerical libraries the threads that they would have taken when loaded."
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(n)
+    if pools is not None:
+        pools.limit(limits=n)
+
+
+def _thread_pools() -> Any:  # threadpoolctl's controller; None where there is nothing to control
+    "Find the numerical libraries once for all children: looking through two hundred of them takes 20 ms."
     if "numpy" in sys.modules or "scipy" in sys.modules:
-        try:
-            import threadpoolctl
-        except ImportError:
-            return
-        threadpoolctl.threadpool_limits(n)
+        with contextlib.suppress(ImportError):
+            return importlib.import_module("threadpoolctl").ThreadpoolController()
+    return None
 
 # %% ../nbs/37_warm.ipynb #37-warm-13
 def _show_figures() -> None:
@@ -115,7 +124,36 @@ def _show_figures() -> None:
         if "inline" in backend:
             importlib.import_module("matplotlib_inline.backend_inline")._enable_matplotlib_integration()
 
-# %% ../nbs/37_warm.ipynb #37-warm-14
+# %% ../nbs/37_warm.ipynb #37-warm-15
+class _FewModules:
+    "Be `sys` with no modules in it, for a moment."
+
+    modules: Mapping[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(sys, name, value)
+
+
+def _start_quickly(
+    app: Any,  # IPKernelApp
+    argv: Sequence[str],  # its arguments
+    names: frozenset,  # of all modules
+) -> None:
+    "Initialise a kernel without going through every module."
+    places = [importlib.import_module(name) for name in ("ipykernel.ipkernel", "IPython.core.shellapp")]
+    for place in places:
+        place.sys = _FewModules()
+    try:
+        app.initialize(argv)
+    finally:
+        for place in places:
+            place.sys = sys
+    app.shell._sys_modules_keys = names
+
+# %% ../nbs/37_warm.ipynb #37-warm-16
 def _be_kernel(
     request: Mapping[str, Any],  # argv of the kernel
 ) -> int:  # exit code
@@ -129,7 +167,7 @@ def _be_kernel(
             "Leave logging alone: going through the loggers of all packages nine times takes longer than the rest."
 
     app = Kernel.instance()
-    app.initialize(argv)
+    _start_quickly(app, argv, request["modules"])
     _show_figures()
     app.start()
     import atexit
@@ -137,7 +175,7 @@ def _be_kernel(
     atexit.unregister(app.close)  # it can race the control thread's last flush, for 2.5 seconds
     return 0
 
-# %% ../nbs/37_warm.ipynb #37-warm-15
+# %% ../nbs/37_warm.ipynb #37-warm-17
 def _be_command(
     request: Mapping[str, Any],  # module with `main`, and argv
 ) -> int:  # exit code
@@ -151,7 +189,7 @@ def _be_command(
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
-# %% ../nbs/37_warm.ipynb #37-warm-16
+# %% ../nbs/37_warm.ipynb #37-warm-18
 def _child(
     request: Mapping[str, Any],
     fds: Sequence[int],  # stdin, stdout, stderr of the asker
@@ -182,7 +220,7 @@ def _child(
                 stream.flush()
         os._exit(code)
 
-# %% ../nbs/37_warm.ipynb #37-warm-18
+# %% ../nbs/37_warm.ipynb #37-warm-20
 def _tell(
     connection: socket.socket,
     answer: Mapping[str, Any],
@@ -203,7 +241,7 @@ def _hear(
     connection.settimeout(None)
     return json.loads(text or b"{}"), fds
 
-# %% ../nbs/37_warm.ipynb #37-warm-19
+# %% ../nbs/37_warm.ipynb #37-warm-21
 class WarmParent:
     "The process that was warmed, and the children it has forked."
 
@@ -211,15 +249,25 @@ class WarmParent:
         self,
         path: str,  # of the socket, at most 107 bytes
         idle_s: float = 900.0,  # without a child or a request it ends after that long
+        home: str = "",  # folder with this package, for a parent of commands; a parent of kernels has none
     ):
-        self.path, self.idle_s = path, idle_s
+        self.path, self.idle_s, self.home = path, idle_s, home
+        self.pools: Any = None  # threadpoolctl's controller
         self.tried: dict[str, bool] = {}  # what was imported, and whether it could be
         self.own = dict(sys.modules)  # what this script itself is made of
         self.shed: dict[str, str] = {}  # files of plugins, with their digests
         self.children: dict[int, socket.socket] = {}  # process id → who asked for it
         self.left = Path(path + ".left")  # packages that are left to the kernels, with the reason
-        self.heard_s = time.monotonic()
+        self.heard_s, self.begun = time.monotonic(), time.time()
         self.search = [*sys.path]  # where a process that was just started would look for modules
+        self.names = frozenset(sys.modules)
+
+    def outdated(self) -> bool:
+        "Say whether the code of commands has changed: they will ask for another parent."
+        if not self.home or self.children:
+            return False
+        own = os.scandir(os.path.join(self.home, Path(__file__).parent.name))
+        return any(entry.stat().st_mtime > self.begun for entry in own)
 
     def warm(
         self,
@@ -235,17 +283,19 @@ class WarmParent:
             if key in self.tried or f"{module}\t" in left:
                 continue
             self.tried[key] = import_names(module, names)
-            self.shed |= shed_project(self.own)
+            if not self.home:
+                self.shed |= shed_project(self.own)
             if hazards := fork_hazards():
                 with open(self.left, "a") as file:
                     file.write(f"{module}\t{', '.join(hazards)}\n")
                 return f"importing {module} leaves {', '.join(hazards)}"
         if len(self.tried) > known:
+            self.pools, self.names = _thread_pools(), frozenset(sys.modules)
             gc.collect()
             gc.freeze()  # else the first collection in a child copies every page
         return ""
 
-# %% ../nbs/37_warm.ipynb #37-warm-20
+# %% ../nbs/37_warm.ipynb #37-warm-22
 def _answer(
     parent: WarmParent,
     connection: socket.socket,
@@ -271,13 +321,14 @@ def _answer(
         return
     pid = os.fork()
     if pid == 0:
-        _child(request | {"search": parent.search}, fds, [server, connection, *parent.children.values()])
+        made = {"search": parent.search, "pools": parent.pools, "modules": parent.names}
+        _child(request | made, fds, [server, connection, *parent.children.values()])
     for fd in fds:
         os.close(fd)
     parent.children[pid] = connection
     _tell(connection, {"pid": pid})
 
-# %% ../nbs/37_warm.ipynb #37-warm-21
+# %% ../nbs/37_warm.ipynb #37-warm-23
 def _reap(
     parent: WarmParent,
 ) -> None:
@@ -309,10 +360,11 @@ def _abandon(
     except ProcessLookupError:
         os.kill(pid, signal.SIGKILL)  # so young that it leads no group yet
 
-# %% ../nbs/37_warm.ipynb #37-warm-22
+# %% ../nbs/37_warm.ipynb #37-warm-24
 def serve(
     path: str,  # of the socket
     idle_s: float = 900.0,  # seconds
+    home: str = "",  # folder with this package, for a parent of commands
 ) -> None:
     "Answer requests until nobody has any for a while."
     import fcntl
@@ -327,7 +379,7 @@ def serve(
     else:
         return  # there is one already
     Path(path).unlink(missing_ok=True)
-    parent, server = WarmParent(path, idle_s), socket.socket(socket.AF_UNIX)
+    parent, server = WarmParent(path, idle_s, home), socket.socket(socket.AF_UNIX)
     server.bind(path)
     server.listen(64)
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -338,7 +390,7 @@ def serve(
     finally:
         Path(path).unlink(missing_ok=True)
 
-# %% ../nbs/37_warm.ipynb #37-warm-23
+# %% ../nbs/37_warm.ipynb #37-warm-25
 def _loop(
     parent: WarmParent,
     server: socket.socket,
@@ -349,6 +401,8 @@ def _loop(
         ready, _, _ = select.select([server, signals, *parent.children.values()], [], [], 5)
         if not (os.path.exists(parent.path) and os.path.exists(sys.executable)):
             return  # nobody can find it any more, or what it stands for is gone
+        if server not in ready and parent.outdated():
+            return
         if signals in ready:
             os.read(signals, 4096)
         _reap(parent)
@@ -359,7 +413,7 @@ def _loop(
             parent.heard_s = time.monotonic()
             _answer(parent, server.accept()[0], server)
 
-# %% ../nbs/37_warm.ipynb #37-warm-24
+# %% ../nbs/37_warm.ipynb #37-warm-26
 KERNEL_PARTS = (
     "ipykernel.debugger",
     "ipykernel.heartbeat",
@@ -375,9 +429,15 @@ KERNEL_PARTS += (
 )
 KERNEL_PARTS += ("IPython.utils.wildcard", "tornado.gen", "tornado.locks", "tornado.platform.asyncio", "tornado.queues")
 
-# %% ../nbs/37_warm.ipynb #37-warm-25
+# %% ../nbs/37_warm.ipynb #37-warm-27
 if __name__ == "__main__":
     sys.path.pop(0)  # the folder of this package: its modules are not to be found by accident
+    if sys.argv[3:]:  # a parent of commands
+        sys.path.insert(0, sys.argv[3])
+        importlib.import_module(Path(__file__).parent.name)
+        sys.path.pop(0)
+        serve(sys.argv[1], float(sys.argv[2]), sys.argv[3])
+        sys.exit()
     sys.modules["debugpy"] = None  # each kernel would spend a third of a second on a debugger that nobody can reach
     for name in KERNEL_PARTS:
         importlib.import_module(name)

@@ -86,5 +86,5 @@ def empty_url(server):
 @pytest.fixture
 def store(server):
     "Give an open store on a database of its own."
-    with server.database() as url:
-        yield Store(url)
+    with server.database() as url, Store(url) as opened:
+        yield opened

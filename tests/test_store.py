@@ -731,3 +731,76 @@ def test_leaving_what_was_entered(home):
     assert server_status(home).url == url
     leave_server(home, lock)
     assert not server_status(home).running
+
+
+def backend(store):
+    with transaction(store) as connection:
+        return connection.info.backend_pid
+
+
+def test_transactions_share_a_connection_that_waits(store):
+    first = backend(store)
+    assert backend(store) == first
+    with transaction(store) as outer:
+        assert outer.info.backend_pid == first
+        assert backend(store) != first, "two at once are two"
+
+
+def test_a_connection_that_waited_is_as_good_as_new(store):
+    with transaction(store) as connection:
+        connection.execute("CREATE TEMP TABLE left_over (x int)")
+        connection.execute("SET search_path TO pg_catalog")
+        connection.execute("SELECT pg_advisory_lock(7)")
+        for _ in range(7):  # psycopg prepares what it runs often
+            connection.execute("SELECT %s::int", (1,))
+    with transaction(store) as connection:
+        (found,) = read_rows(
+            connection,
+            "SELECT to_regclass('left_over') AS t, current_setting('search_path') AS s, current_setting('TimeZone') AS z, "
+            "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()) AS n",
+        )
+        assert found["t"] is None and "public" in found["s"] and found["z"] == "UTC" and found["n"] == 0
+        assert connection.execute("SELECT %s::int AS x", (1,)).fetchone() == {"x": 1}
+
+
+def test_a_connection_that_the_server_closed_is_not_used_again(store):
+    first = backend(store)
+    with connect(store) as other:
+        other.execute("SELECT pg_terminate_backend(%s)", (first,))
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(first) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert backend(store) != first
+
+
+def test_after_an_error_the_connection_is_closed(store):
+    first = backend(store)
+    with pytest.raises(ZeroDivisionError), transaction(store):
+        1 / 0  # noqa: B018
+    assert backend(store) != first
+
+
+def test_a_forked_process_leaves_its_parents_connection_alone(store):
+    first = backend(store)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = 0 if backend(store) != first else 2
+            store.close()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert backend(store) == first, "and it still works"
+
+
+def test_a_closed_store_keeps_no_connection(store):
+    first = backend(store)
+    store.close()
+    with connect(store) as other:
+        deadline = time.monotonic() + 10
+        gone = "SELECT count(*) AS n FROM pg_stat_activity WHERE pid = %s"
+        while other.execute(gone, (first,)).fetchone()["n"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert other.execute(gone, (first,)).fetchone()["n"] == 0
+    assert backend(store) != backend(store)
