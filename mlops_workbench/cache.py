@@ -300,6 +300,7 @@ def seal(
     states = read_states(connection, key.question)
     reads, moved = _settled_reads(key, states, recorded.get("reads") or {}, call.stage.writes)
     modules, changed = _module_digests(call, key, recorded.get("modules") or ())
+    save_memory(call.memory)
     moved += [*_moved(call, key, now), *changed]
     parts = now.parts | {"reads": reads} | ({"moved": moved} if moved else {})
     wrote = {state: states[state] for state in call.stage.writes}

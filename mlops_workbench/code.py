@@ -249,11 +249,28 @@ class Memory:
         return mark
 
 # %% ../nbs/07_code.ipynb #07-code-20
+_open: dict[Path, tuple[list[int], Memory]] = {}  # this process reads each memory once
+
+
+def _file_state(
+    path: Path | str,
+) -> list[int]:  # empty: it is not there
+    "Tell one state of a file from another without reading it."
+    with suppress(OSError):
+        stat = os.stat(path)
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+    return []
+
+
 def open_memory(
     settings: Settings,
 ) -> Memory:
     "Read what earlier processes found out."
-    return Memory(settings.home / "cache" / "code.json")
+    path = settings.home / "cache" / "code.json"
+    known, memory = _open.get(path, ([], None))
+    if memory is None or known != _file_state(path):
+        _open[path] = (_file_state(path), memory := Memory(path))
+    return memory
 
 
 def save_memory(
@@ -265,7 +282,7 @@ def save_memory(
     others = _remembered(memory.path)
     content: dict[str, Any] = {"version": _VERSION}
     for kind in ("sources", "files"):
-        content[kind] = memory.known[kind] if len(others[kind]) > 4000 else others[kind] | memory.known[kind]
+        content[kind] = dict(memory.known[kind]) if len(others[kind]) > 4000 else others[kind] | memory.known[kind]
     text = json.dumps(content)
     with suppress(OSError):  # a full disk, or a home of somebody else: slower, not wrong
         memory.path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,6 +291,8 @@ def save_memory(
             file.write(hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
         os.replace(beside, memory.path)
         memory.changed = False
+        if _open.get(memory.path, (0, None))[1] is memory:
+            _open[memory.path] = (_file_state(memory.path), memory)
 
 # %% ../nbs/07_code.ipynb #07-code-22
 def _remote_digest(

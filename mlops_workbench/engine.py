@@ -61,6 +61,7 @@ class _Speaking(NotebookClient):
         self.facts: dict[str, Any] = {}  # about the kernel
         self.deadline_s = time.monotonic() + (execution.limits.stage_s or float("inf"))
         self.starved, self.state_s = out_of_memory(), 0.0
+        self.last_state_s, self.unkept = 0.0, 0  # what keeping the state took the last time; finished cells since
 
     def tell(
         self,
@@ -126,7 +127,7 @@ async def _run_cells(
             raise client.why
         end_cell(client.saved, cell, "completed", time.monotonic() - begun_s)
         client.tell("cell_finished", cell=index, of=n_code, seconds=time.monotonic() - begun_s)
-        await _keep_state(client, index)
+        await _keep_state(client, index, time.monotonic() - begun_s)
 
 # %% ../nbs/58_engine.ipynb #58-engine-08
 def _cause(
@@ -207,19 +208,25 @@ async def _ask(
 
     return str(ast.literal_eval(found["data"]["text/plain"]))
 
-# %% ../nbs/58_engine.ipynb #58-engine-14
+# %% ../nbs/58_engine.ipynb #58-engine-15
 _SNAPSHOT = "__import__('mlops_workbench.snapshot', fromlist=['x'])"
 
 
 async def _keep_state(
     client: Client,
     index: int,  # of the cell that has just finished
+    seconds: float,  # that it took
 ) -> None:
     "Keep the kernel's state, where a run may want to continue."
     path = client.execution.snapshot
     if path is None:
         return
-    begun_s = time.monotonic()
+    is_last = not any(c.cell_type == "code" and c.source.strip() for c in client.nb.cells[index + 1 :])
+    if not client.unkept and (is_last or seconds < client.last_state_s):
+        client.unkept = 1
+        client.nb.cells[index].metadata["papermill"]["state"] = "would be made again"
+        return
+    begun_s, client.unkept = time.monotonic(), 0
     try:
         save_notebook(client.saved, force=True)  # what is shown belongs to the state that is kept
         prefix = code_prefix(client.nb.cells[: index + 1])
@@ -227,7 +234,8 @@ async def _keep_state(
     except (WorkbenchError, ValueError) as error:
         told = {"ok": False, "why": str(error)}
     client.nb.cells[index].metadata["papermill"]["state"] = told["why"] if not told["ok"] else "kept"
-    client.state_s += time.monotonic() - begun_s
+    client.last_state_s = time.monotonic() - begun_s
+    client.state_s += client.last_state_s
 
 
 async def _restore_state(
@@ -242,7 +250,7 @@ async def _restore_state(
         except WorkbenchError as error:
             raise Stopped("lost", str(error)) from None
 
-# %% ../nbs/58_engine.ipynb #58-engine-16
+# %% ../nbs/58_engine.ipynb #58-engine-17
 async def _execute(
     client: Client,
     kernel_name: str,  # of the kernel spec
@@ -277,7 +285,7 @@ async def _execute(
                 times = process.cpu_times()
                 facts["cpu_seconds"] = round(sum(times[:4]), 3)
 
-# %% ../nbs/58_engine.ipynb #58-engine-17
+# %% ../nbs/58_engine.ipynb #58-engine-18
 def _run_loop(
     work: Callable[[], Any],  # makes the coroutine
 ) -> Any:
@@ -301,7 +309,7 @@ def _run_loop(
         raise box["error"]
     return box["value"]
 
-# %% ../nbs/58_engine.ipynb #58-engine-18
+# %% ../nbs/58_engine.ipynb #58-engine-19
 def _prepare(
     nb: Any,  # NotebookNode
     output_path: str | None,  # papermill's
@@ -319,7 +327,7 @@ def _prepare(
     begin_notebook(saved, first)
     return Client(saved, execution, first)
 
-# %% ../nbs/58_engine.ipynb #58-engine-19
+# %% ../nbs/58_engine.ipynb #58-engine-20
 class WorkbenchEngine:
     "The engine behind `plugin`, which papermill knows as `workbench`."
 
@@ -354,7 +362,7 @@ class WorkbenchEngine:
             end_notebook(client.saved, *ended, **client.facts)
         return nb
 
-# %% ../nbs/58_engine.ipynb #58-engine-20
+# %% ../nbs/58_engine.ipynb #58-engine-21
 def execute_notebook(
     notebook: Path | Any,  # the template, or a prepared NotebookNode
     parameters: Mapping[str, Any],  # checked
