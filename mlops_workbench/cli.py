@@ -19,6 +19,7 @@ from .commands import Json, as_json, as_table
 from .commands import app as tools
 from .core import WorkbenchError
 from .ramping import app as rollout
+from .readings import app as experiment
 from .series import app as series
 from .series import stand_in
 from .settings import Settings, read_settings, redact
@@ -335,4 +336,5 @@ stand_in.append(_stand_in)
 app.add_typer(audit)
 app.add_typer(series)
 app.add_typer(rollout, name="rollout")
+app.add_typer(experiment, name="experiment")
 app.add_typer(tools)

@@ -272,7 +272,7 @@ def open_memory(
         _open[path] = (_file_state(path), memory := Memory(path))
     return memory
 
-
+# %% ../nbs/07_code.ipynb #07-code-21
 def save_memory(
     memory: Memory,
 ) -> None:
@@ -294,7 +294,7 @@ def save_memory(
         if _open.get(memory.path, (0, None))[1] is memory:
             _open[memory.path] = (_file_state(memory.path), memory)
 
-# %% ../nbs/07_code.ipynb #07-code-22
+# %% ../nbs/07_code.ipynb #07-code-23
 def _remote_digest(
     url: str,  # any that fsspec knows
 ) -> str | None:  # None: nothing is there
@@ -323,7 +323,7 @@ def _remote_digest(
     ]
     return digest(sorted(told))
 
-# %% ../nbs/07_code.ipynb #07-code-23
+# %% ../nbs/07_code.ipynb #07-code-24
 def place_digest(
     place: Path | str,  # a file, a folder or an fsspec URL
     memory: Memory | None = None,  # spares reading big files that are as they were
@@ -340,7 +340,7 @@ def place_digest(
     except FileNotFoundError:  # it went away meanwhile
         return None
 
-# %% ../nbs/07_code.ipynb #07-code-26
+# %% ../nbs/07_code.ipynb #07-code-27
 _STDLIB = (sysconfig.get_paths()["stdlib"] + os.sep, sysconfig.get_paths()["platstdlib"] + os.sep)
 
 
@@ -350,7 +350,7 @@ def is_installed(
     "Say whether a path belongs to Python or to an installed package."
     return bool({"site-packages", "dist-packages"} & set(path.split(os.sep))) or path.startswith(_STDLIB)
 
-# %% ../nbs/07_code.ipynb #07-code-27
+# %% ../nbs/07_code.ipynb #07-code-28
 def _installed_as(
     place: str,  # a .dist-info folder
 ) -> str:  # what its name does not tell; mostly nothing

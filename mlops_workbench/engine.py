@@ -61,7 +61,6 @@ class _Speaking(NotebookClient):
         self.facts: dict[str, Any] = {}  # about the kernel
         self.deadline_s = time.monotonic() + (execution.limits.stage_s or float("inf"))
         self.starved, self.state_s = out_of_memory(), 0.0
-        self.last_state_s, self.unkept = 0.0, 0  # what keeping the state took the last time; finished cells since
 
     def tell(
         self,
@@ -127,7 +126,7 @@ async def _run_cells(
             raise client.why
         end_cell(client.saved, cell, "completed", time.monotonic() - begun_s)
         client.tell("cell_finished", cell=index, of=n_code, seconds=time.monotonic() - begun_s)
-        await _keep_state(client, index, time.monotonic() - begun_s)
+        await _keep_state(client, index)
 
 # %% ../nbs/58_engine.ipynb #58-engine-08
 def _cause(
@@ -215,18 +214,12 @@ _SNAPSHOT = "__import__('mlops_workbench.snapshot', fromlist=['x'])"
 async def _keep_state(
     client: Client,
     index: int,  # of the cell that has just finished
-    seconds: float,  # that it took
 ) -> None:
     "Keep the kernel's state, where a run may want to continue."
-    path = client.execution.snapshot
-    if path is None:
+    path, after = client.execution.snapshot, client.nb.cells[index + 1 :]
+    if path is None or not any(c.cell_type == "code" and c.source.strip() for c in after):
         return
-    is_last = not any(c.cell_type == "code" and c.source.strip() for c in client.nb.cells[index + 1 :])
-    if not client.unkept and (is_last or seconds < client.last_state_s):
-        client.unkept = 1
-        client.nb.cells[index].metadata["papermill"]["state"] = "would be made again"
-        return
-    begun_s, client.unkept = time.monotonic(), 0
+    begun_s = time.monotonic()
     try:
         save_notebook(client.saved, force=True)  # what is shown belongs to the state that is kept
         prefix = code_prefix(client.nb.cells[: index + 1])
@@ -234,8 +227,7 @@ async def _keep_state(
     except (WorkbenchError, ValueError) as error:
         told = {"ok": False, "why": str(error)}
     client.nb.cells[index].metadata["papermill"]["state"] = told["why"] if not told["ok"] else "kept"
-    client.last_state_s = time.monotonic() - begun_s
-    client.state_s += client.last_state_s
+    client.state_s += time.monotonic() - begun_s
 
 
 async def _restore_state(

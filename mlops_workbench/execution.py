@@ -64,7 +64,7 @@ class Execution:
         return {"OMP_NUM_THREADS": cores} | given  # the same number of threads, forked or cold
 
 # %% ../nbs/46_execution.ipynb #46-execution-09
-SNAPSHOT = ("cloudpickle", "psutil", "rfc8785", "uuid_utils")  # what keeps the state of a kernel
+SNAPSHOT = ("cloudpickle", "configparser", "psutil", "rfc8785", "uuid_utils")  # what keeps the state of a kernel
 MLFLOW = (  # what MLflow imports when it is first used
     "mlflow.artifacts",
     "mlflow.store.artifact.local_artifact_repo",

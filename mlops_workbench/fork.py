@@ -120,14 +120,9 @@ def _start_parent(
     "Start a warm parent; of two that start at once the second ends by itself."
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     with open(f"{path}.log", "wb") as log:
+        home = [str(Path(__file__).parent.parent)] if own else []
         subprocess.Popen(
-            [
-                sys.executable,
-                warm.__file__,
-                str(path),
-                str(IDLE_S),
-                *([str(Path(__file__).parent.parent)] if own else []),
-            ],
+            [sys.executable, warm.__file__, str(path), str(IDLE_S), *home],
             env=startup_variables(variables) | one | {"PATH": os.environ.get("PATH", "")},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -165,7 +160,8 @@ def _ask_parent(
     request: Mapping[str, Any],  # kind, and what that kind needs
 ) -> tuple[socket.socket, int]:  # the connection, which lives as long as the process, and the process's id
     "Let the warm parent fork."
-    ours = {"cwd": os.getcwd(), "env": dict(variables), "umask": _umask(), "threads": count_threads(variables)}
+    ours = {"home": str(Path(__file__).parent.parent), "cwd": os.getcwd(), "env": dict(variables), "umask": _umask()}
+    ours["threads"] = count_threads(variables)
     text = json.dumps(ours | dict(request)).encode() + b"\n"
     with open(os.devnull, "r+b") as nothing:  # what a kernel prints comes as messages
         streams = [0, 1, 2] if request["kind"] == "command" else [nothing.fileno()] * 3

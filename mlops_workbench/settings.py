@@ -342,11 +342,11 @@ class Settings:
     environment: str  # section of settings.ini
     root: Path  # the project's folder
     home: Path  # local state: embedded server, artefacts, runs, datasets; ignored by git
-    database_url: str | None = field(
-        default=None, repr=False
-    )  # PostgreSQL 15 or newer; None: the embedded one in `home`
+    database_url: str | None = field(default=None, repr=False)  # PostgreSQL 15 or newer; None: the one in `home`
     artifacts_url: str | None = None  # folder or fsspec URL for MLflow artefacts; None is `home/artifacts`
     ray_address: str = ""  # of a Ray cluster, such as 'head:6379' or 'auto'; empty: there is none
+    approval: str = ""  # 'required': nothing is promoted without somebody's approval; empty: a verdict is enough
+    ledger_key: str = ""  # reference secret://NAME of the key that signs anchors; empty: they are not signed
 
     @property
     def artifacts(self) -> str:  # what MLflow is given as artefact location
@@ -354,8 +354,8 @@ class Settings:
         return self.artifacts_url or str(self.home / "artifacts")
 
 # %% ../nbs/01_settings.ipynb #01-settings-40
-# key of settings.ini → default
-_KEYS = {"home": ".workbench", "database_url": None, "artifacts_url": None, "ray_address": ""}
+_KEYS = {"home": ".workbench", "database_url": None, "artifacts_url": None}  # in the order of Settings → default
+_KEYS |= {"ray_address": "", "approval": "", "ledger_key": ""}
 
 
 def _check_url(
@@ -364,9 +364,7 @@ def _check_url(
 ) -> None:
     "Refuse a password that is written out in a file."
     if value and "://" in value and urlsplit(value).password:
-        raise ValueError(
-            f"settings.ini has a password in {key}: write {key} = secret://NAME and set NAME in the environment"
-        )
+        raise ValueError(f"settings.ini has a password in {key}: write secret://NAME and set NAME in the environment")
 
 # %% ../nbs/01_settings.ipynb #01-settings-41
 def read_settings(
@@ -387,12 +385,14 @@ def read_settings(
             raise ValueError(f"settings.ini [{environment}] has no setting {key!r}: {nearest(key, _KEYS)}")
         _check_url(key, value)
     value = {k: variables.get(f"WORKBENCH_{k.upper()}") or written.get(k) or default for k, default in _KEYS.items()}
+    if value["approval"] not in ("", "required"):
+        raise ValueError(f"approval is {value['approval']!r}: write approval = required, or leave it out")
+    if value["ledger_key"] and not value["ledger_key"].startswith("secret://"):
+        raise ValueError("ledger_key is written out: write ledger_key = secret://NAME, and set NAME where it is used")
     home = (root / Path(value["home"]).expanduser()).resolve()
     url = value["database_url"] and resolve_secret(value["database_url"], variables)
     if url and url == value["database_url"] and _passwords(url):  # written out in the variable: a secret all the same
         _remember("WORKBENCH_DATABASE_URL", url)
     if value["artifacts_url"] and _passwords(value["artifacts_url"]):
-        raise ValueError(
-            "artifacts_url has a password, and MLflow writes it down: use the storage's own variables for it"
-        )
-    return Settings(environment, root, home, url, value["artifacts_url"], value["ray_address"])
+        raise ValueError("artifacts_url has a password, and MLflow writes it down: use the storage's own variables")
+    return Settings(environment, root, home, url, *(value[k] for k in list(_KEYS)[2:]))

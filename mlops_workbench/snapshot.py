@@ -243,8 +243,8 @@ def _enter_world(
 @cache
 def _made_by() -> dict[str, str]:
     "Say which Python and which packages can read a snapshot that this process writes."
-    folders = [Path(p) for p in sys.path if p.endswith("-packages")]
-    names = sorted(p.name for folder in folders if folder.is_dir() for p in folder.glob("*.dist-info"))
+    folders = [p for p in sys.path if p.endswith("-packages") and os.path.isdir(p)]
+    names = sorted(name for folder in folders for name in os.listdir(folder) if name.endswith(".dist-info"))
     return {"python": sys.version, "packages": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 

@@ -87,7 +87,7 @@ def _events_sql(
 _SERVING = """
 SELECT coalesce(jsonb_agg(jsonb_build_array(policy, version, model_name, model_version, settings) ORDER BY policy)::text, '[]')
 FROM (SELECT DISTINCT ON (policy) v.* FROM exp.policy_versions v JOIN exp.policies p USING (policy)
-      WHERE p.task = ANY(%(tasks)s) AND {which} ORDER BY policy, version DESC) AS serving
+      WHERE p.task = ANY(%(tasks)s) AND {which} ORDER BY policy, status = 'production' DESC, version DESC) AS serving
 """
 
 
@@ -105,7 +105,8 @@ def _state_sql(
     if state == "production" or (state == "baseline" and not candidate):
         return _SERVING.format(which="v.status = 'production'")
     if state == "baseline":
-        return _SERVING.format(which="v.model_version IS DISTINCT FROM %(candidate)s")
+        served = "v.status IN ('production', 'retired')"
+        return _SERVING.format(which=f"{served} AND v.model_version IS DISTINCT FROM %(candidate)s")
     return _table_sql(state, columns[state], None) if state in columns else "SELECT 'no such table'"
 
 # %% ../nbs/34_state.ipynb #34-state-14

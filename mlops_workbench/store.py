@@ -111,9 +111,8 @@ def connect(
     "Open a connection; the caller closes it."
     try:
         # nothing is prepared: psycopg does not see that DISCARD ALL, sent again, drops what it had prepared
-        connection = psycopg.connect(
-            _with_timeout(store.url), autocommit=True, row_factory=dict_row, prepare_threshold=None
-        )
+        how = {"autocommit": True, "row_factory": dict_row, "prepare_threshold": None}
+        connection = psycopg.connect(_with_timeout(store.url), **how)
         connection.execute("SET TIME ZONE 'UTC'")  # while nothing can roll it back
         connection.autocommit = False
     except psycopg.Error as error:
@@ -232,33 +231,25 @@ def choose_migrations(
     "Decide what a database is missing, or refuse it."
     known = {m.version: m for m in migrations}
     if ahead := sorted(set(applied) - set(known)):
-        raise WorkbenchError(
-            f"the database is newer than this code: it has {applied[ahead[-1]][0]!r} (version {ahead[-1]}), this code "
-            f"knows up to version {max(known, default=0)}: install the mlops_workbench that wrote it"
-        )
+        newer = f"the database is newer than this code: it has {applied[ahead[-1]][0]!r} (version {ahead[-1]})"
+        code = f"this code knows up to version {max(known, default=0)}"
+        raise WorkbenchError(f"{newer}, {code}: install the mlops_workbench that wrote it")
     for version, (_, sha256) in applied.items():
         if known[version].sha256 != sha256:
-            raise WorkbenchError(
-                f"migration {known[version].name!r} changed after it was applied to this database: "
-                "put it back as it was, and write the change as a new migration"
-            )
+            changed = f"migration {known[version].name!r} changed after it was applied to this database"
+            raise WorkbenchError(f"{changed}: put it back as it was, and write the change as a new migration")
     missing = [m for version, m in sorted(known.items()) if version not in applied]
     if missing and missing[0].version < max(applied, default=0):
-        raise WorkbenchError(
-            f"migration {missing[0].name!r} comes before {max(applied)}, which was applied: give it a higher number"
-        )
+        late = f"migration {missing[0].name!r} comes before {max(applied)}, which was applied"
+        raise WorkbenchError(f"{late}: give it a higher number")
     return missing
 
 # %% ../nbs/03_store.ipynb #03-store-19
 _HISTORY = """
 CREATE SCHEMA IF NOT EXISTS exp;
 CREATE TABLE IF NOT EXISTS exp.schema_migrations (
-    namespace text NOT NULL,
-    version integer NOT NULL,
-    name text NOT NULL,
-    sha256 text NOT NULL,
-    applied_at timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (namespace, version)
+    namespace text NOT NULL, version integer NOT NULL, name text NOT NULL, sha256 text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (namespace, version)
 )
 """
 
@@ -273,11 +264,8 @@ def apply_migrations(
     with transaction(store) as connection, advisory_lock(connection, "migrations"):
         if not read_rows(connection, "SELECT 1 WHERE to_regclass('exp.schema_migrations') IS NOT NULL"):
             connection.execute(_HISTORY)  # only when missing: it needs a right that running does not
-        seen = read_rows(
-            connection,
-            "SELECT version, name, sha256 FROM exp.schema_migrations WHERE namespace = %s",
-            (migrations[0].namespace,),
-        )
+        known = "SELECT version, name, sha256 FROM exp.schema_migrations WHERE namespace = %s"
+        seen = read_rows(connection, known, (migrations[0].namespace,))
         missing = choose_migrations(migrations, {r["version"]: (r["name"], r["sha256"]) for r in seen})
         for m in missing:
             connection.execute(m.sql)
@@ -293,10 +281,8 @@ def _check_server(
 ) -> None:
     "Refuse a server that the workbench cannot live on."
     if version < 150000:
-        raise WorkbenchError(
-            f"database {_place(url)} runs PostgreSQL {version // 10000}, the workbench needs 15 or newer: "
-            "upgrade it, or unset WORKBENCH_DATABASE_URL to use the embedded one"
-        )
+        old = f"database {_place(url)} runs PostgreSQL {version // 10000}, the workbench needs 15 or newer"
+        raise WorkbenchError(f"{old}: upgrade it, or unset WORKBENCH_DATABASE_URL to use the embedded one")
     if read_only:
         raise WorkbenchError(f"database {_place(url)} is read-only: connect to the primary, with a role that may write")
 
@@ -364,17 +350,12 @@ def copy_rows(
     for i, row in enumerate(rows):
         if row.keys() != rows[0].keys():
             odd = sorted(row.keys() ^ rows[0].keys())
-            raise ValueError(
-                f"row {i} differs from the first in columns {', '.join(odd)}: give every row the same columns"
-            )
+            told = f"row {i} differs from the first in columns {', '.join(odd)}"
+            raise ValueError(f"{told}: give every row the same columns")
     n = read_rows(connection, "SELECT count(*) AS n FROM pg_class WHERE relnamespace = pg_my_temp_schema()")[0]["n"]
     temporary, names = sqltext.Identifier(f"incoming_{n}"), list(rows[0])
-    target = sqltext.Identifier(*table.split("."))
-    connection.execute(
-        sqltext.SQL("CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT {} FROM {} WITH NO DATA").format(
-            temporary, columns, target
-        )
-    )
+    make = sqltext.SQL("CREATE TEMP TABLE {} ON COMMIT DROP AS SELECT {} FROM {} WITH NO DATA")
+    connection.execute(make.format(temporary, columns, sqltext.Identifier(*table.split("."))))
     with connection.cursor().copy(sqltext.SQL("COPY {} ({}) FROM STDIN").format(temporary, columns)) as copy:
         for row in rows:
             copy.write_row([as_json(row[name]) for name in names])

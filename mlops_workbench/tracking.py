@@ -62,6 +62,7 @@ class Tracking:
 
     uri: str = field(repr=False)  # SQLAlchemy URL of the tracking and registry tables; may hold a password
     artifacts: str  # folder or URL below which files go
+    approval: bool = False  # whether its models are promoted only with somebody's approval
 
     @property
     def client(self) -> Any:  # mlflow.MlflowClient
@@ -83,7 +84,7 @@ def open_tracking(
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # else it narrates each table
     check_place(settings.artifacts)
-    tracking = Tracking(tracking_uri(store.url), settings.artifacts)
+    tracking = Tracking(tracking_uri(store.url), settings.artifacts, settings.approval == "required")
     mlflow.set_tracking_uri(tracking.uri)
     mlflow.set_registry_uri(tracking.uri)
     with transaction(store) as connection, advisory_lock(connection, "mlflow"):
