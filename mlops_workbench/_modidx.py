@@ -2215,6 +2215,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlops_workbench.warm.WarmParent.warm': ('warm.html#warmparent.warm', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm._abandon': ('warm.html#_abandon', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm._answer': ('warm.html#_answer', 'mlops_workbench/warm.py'),
+                                      'mlops_workbench.warm._changed': ('warm.html#_changed', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm._child': ('warm.html#_child', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm._hear': ('warm.html#_hear', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm._loop': ('warm.html#_loop', 'mlops_workbench/warm.py'),

@@ -84,7 +84,7 @@ def _package_state() -> list[list[Any]]:  # path, size and time of every file
         *([e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in sorted(os.scandir(folder), key=str)),
     ]
 
-
+# %% ../nbs/38_fork.ipynb #38-fork-09
 def parent_socket(
     variables: Mapping[str, str],  # environment of a kernel or a command
     own: bool = False,  # with this package's own code in it: for commands
@@ -99,7 +99,7 @@ def parent_socket(
     mark = hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()
     return runtime_folder() / f"w-{mark[:16]}"
 
-# %% ../nbs/38_fork.ipynb #38-fork-09
+# %% ../nbs/38_fork.ipynb #38-fork-10
 def may_fork(
     variables: Mapping[str, str],  # environment of the process
 ) -> bool:
@@ -107,7 +107,7 @@ def may_fork(
     switched_off = variables.get("WORKBENCH_WARM", "").lower() in ("off", "0", "false", "no")
     return sys.platform == "linux" and not switched_off
 
-# %% ../nbs/38_fork.ipynb #38-fork-10
+# %% ../nbs/38_fork.ipynb #38-fork-11
 IDLE_S = 900  # a warm parent that nobody needs ends after that long
 START_S = 60.0  # it must listen after that long
 
@@ -131,7 +131,7 @@ def _start_parent(
             start_new_session=True,
         )
 
-# %% ../nbs/38_fork.ipynb #38-fork-11
+# %% ../nbs/38_fork.ipynb #38-fork-12
 def _connect(
     variables: Mapping[str, str],  # environment of a kernel
     own: bool,  # with this package's own code in it
@@ -154,7 +154,7 @@ def _connect(
             raise WorkbenchError(f"the warm parent did not start: {said or 'it is silent'}")
         time.sleep(0.01)
 
-# %% ../nbs/38_fork.ipynb #38-fork-12
+# %% ../nbs/38_fork.ipynb #38-fork-13
 def _ask_parent(
     variables: Mapping[str, str],  # environment of the process
     request: Mapping[str, Any],  # kind, and what that kind needs
@@ -167,7 +167,7 @@ def _ask_parent(
         streams = [0, 1, 2] if request["kind"] == "command" else [nothing.fileno()] * 3
         return _try_parent(variables, text, streams, request["kind"] == "command")
 
-
+# %% ../nbs/38_fork.ipynb #38-fork-14
 def _try_parent(
     variables: Mapping[str, str],  # environment of the process
     text: bytes,  # the request
@@ -198,7 +198,7 @@ def _read_line(
         line += one
     return line
 
-# %% ../nbs/38_fork.ipynb #38-fork-13
+# %% ../nbs/38_fork.ipynb #38-fork-15
 class ForkedProcess:
     "A process that the warm parent forked, as `subprocess.Popen` would show it."
 
@@ -240,7 +240,7 @@ class ForkedProcess:
         "Ask it to end."
         self.send_signal(signal.SIGTERM)
 
-# %% ../nbs/38_fork.ipynb #38-fork-14
+# %% ../nbs/38_fork.ipynb #38-fork-16
 def _umask() -> int:
     "Read the file mode mask, which can only be read by setting it."
     mask = os.umask(0o077)
@@ -255,7 +255,7 @@ def count_threads(
     given = variables.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(given) if given.isdigit() and int(given) else len(os.sched_getaffinity(0))
 
-# %% ../nbs/38_fork.ipynb #38-fork-16
+# %% ../nbs/38_fork.ipynb #38-fork-18
 def call_warm(
     module: str,  # with a function `main`
     argv: Sequence[str],  # as `sys.argv`
@@ -273,7 +273,7 @@ def call_warm(
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
-# %% ../nbs/38_fork.ipynb #38-fork-17
+# %% ../nbs/38_fork.ipynb #38-fork-19
 def warm_parents(
     stop: bool = False,  # end them
 ) -> list[dict[str, Any]]:  # pid, modules, children, left

@@ -82,7 +82,7 @@ def _tracking(
     named = [p for p in read_policies(store, found.policy) if p.version in versions and p.model_name]
     return open_tracking(store, settings) if named else None
 
-
+# %% ../nbs/87_trials.ipynb #87-trials-11
 @contextmanager
 def _deciding() -> Iterator[tuple[Any, Any]]:  # store and settings
     "Open the records; the ledger's head is noted outside when all is done."
@@ -103,7 +103,7 @@ def _who(
 
     return actor or current_actor()
 
-# %% ../nbs/87_trials.ipynb #87-trials-12
+# %% ../nbs/87_trials.ipynb #87-trials-13
 @app.command()
 def create(
     file: Annotated[Path, typer.Argument(help="YAML, such as params/experiments/planner_tone.yaml.")],
@@ -133,7 +133,7 @@ def start(
         found = start_experiment(store, key, _who(actor), buckets, _tracking(store, settings, key))
         _tell(found, json_)
 
-# %% ../nbs/87_trials.ipynb #87-trials-13
+# %% ../nbs/87_trials.ipynb #87-trials-14
 @app.command()
 def pause(
     key: Key,
@@ -160,7 +160,7 @@ def resume(
     with _deciding() as (store, _):
         _tell(resume_experiment(store, key, _who(actor)), json_)
 
-# %% ../nbs/87_trials.ipynb #87-trials-14
+# %% ../nbs/87_trials.ipynb #87-trials-15
 @app.command()
 def ramp(
     key: Key,
@@ -188,7 +188,7 @@ def stop(
     with _deciding() as (store, settings):
         _tell(stop_experiment(store, key, _who(actor), reason, _tracking(store, settings, key)), json_)
 
-# %% ../nbs/87_trials.ipynb #87-trials-16
+# %% ../nbs/87_trials.ipynb #87-trials-17
 @app.command()
 def show(
     key: Key,

@@ -128,6 +128,16 @@ def _hear(
     return json.loads(text or b"{}"), fds
 
 # %% ../nbs/37_warm.ipynb #37-warm-14
+def _changed(
+    files: Mapping[str, str],  # path → digest
+) -> str:  # the first; empty: none
+    "Find a file that is not what it was."
+    for path, mark in files.items():
+        if not os.path.exists(path) or hashlib.sha256(Path(path).read_bytes()).hexdigest() != mark:
+            return path
+    return ""
+
+# %% ../nbs/37_warm.ipynb #37-warm-15
 class WarmParent:
     "The process that was warmed, and the children it has forked."
 
@@ -138,7 +148,7 @@ class WarmParent:
         home: str = "",  # folder with this package, for a parent of commands; a parent of kernels has none
     ):
         self.path, self.idle_s, self.home = path, idle_s, home
-        self.pools: Any = None  # threadpoolctl's controller
+        self.pools, self.names = None, frozenset(sys.modules)  # threadpoolctl's controller, and all modules
         self.tried: dict[str, bool] = {}  # what was imported, and whether it could be
         self.own = dict(sys.modules)  # what this script itself is made of
         self.shed: dict[str, str] = {}  # files of plugins, with their digests
@@ -146,27 +156,22 @@ class WarmParent:
         self.left = Path(path + ".left")  # packages that are left to the kernels, with the reason
         self.heard_s, self.begun = time.monotonic(), time.time()
         self.search = [*sys.path]  # where a process that was just started would look for modules
-        self.names = frozenset(sys.modules)
 
     def warm(
         self,
         wanted: Sequence[Sequence[Any]],  # (module, names)
     ) -> str:  # why this process must not be forked any more; empty when all is well
         "Import what is wanted and was not tried yet."
-        for path, mark in self.shed.items():
-            if not os.path.exists(path) or hashlib.sha256(Path(path).read_bytes()).hexdigest() != mark:
-                return f"{path} has changed"
+        if changed := _changed(self.shed):
+            return f"{changed} has changed"
         left, known = self.left.read_text() if self.left.exists() else "", len(self.tried)
         for module, names in wanted:
-            key = f"{module}:{','.join(names)}"
-            if key in self.tried or f"{module}\t" in left:
+            if (key := f"{module}:{','.join(names)}") in self.tried or f"{module}\t" in left:
                 continue
             self.tried[key] = import_names(module, names)
-            if not self.home:
-                self.shed |= shed_project(self.own)
+            self.shed |= {} if self.home else shed_project(self.own)
             if hazards := fork_hazards():
-                with open(self.left, "a") as file:
-                    file.write(f"{module}\t{', '.join(hazards)}\n")
+                self.left.write_text(f"{left}{module}\t{', '.join(hazards)}\n")
                 return f"importing {module} leaves {', '.join(hazards)}"
         if len(self.tried) > known:
             self.pools, self.names = _thread_pools(), frozenset(sys.modules)
@@ -174,7 +179,7 @@ class WarmParent:
             gc.freeze()  # else the first collection in a child copies every page
         return ""
 
-# %% ../nbs/37_warm.ipynb #37-warm-15
+# %% ../nbs/37_warm.ipynb #37-warm-16
 def _outdated(
     parent: WarmParent,
 ) -> bool:
@@ -184,7 +189,7 @@ def _outdated(
     own = os.scandir(os.path.join(parent.home, Path(__file__).parent.name))
     return any(entry.stat().st_mtime > parent.begun for entry in own)
 
-# %% ../nbs/37_warm.ipynb #37-warm-16
+# %% ../nbs/37_warm.ipynb #37-warm-17
 def _answer(
     parent: WarmParent,
     connection: socket.socket,
@@ -217,7 +222,7 @@ def _answer(
     parent.children[pid] = connection
     _tell(connection, {"pid": pid})
 
-# %% ../nbs/37_warm.ipynb #37-warm-17
+# %% ../nbs/37_warm.ipynb #37-warm-18
 def _reap(
     parent: WarmParent,
 ) -> None:
@@ -249,7 +254,7 @@ def _abandon(
     except ProcessLookupError:
         os.kill(pid, signal.SIGKILL)  # so young that it leads no group yet
 
-# %% ../nbs/37_warm.ipynb #37-warm-18
+# %% ../nbs/37_warm.ipynb #37-warm-19
 def serve(
     path: str,  # of the socket
     idle_s: float = 900.0,  # seconds
@@ -279,7 +284,7 @@ def serve(
     finally:
         Path(path).unlink(missing_ok=True)
 
-# %% ../nbs/37_warm.ipynb #37-warm-19
+# %% ../nbs/37_warm.ipynb #37-warm-20
 def _loop(
     parent: WarmParent,
     server: socket.socket,
@@ -302,7 +307,7 @@ def _loop(
             parent.heard_s = time.monotonic()
             _answer(parent, server.accept()[0], server)
 
-# %% ../nbs/37_warm.ipynb #37-warm-20
+# %% ../nbs/37_warm.ipynb #37-warm-21
 KERNEL_PARTS = (
     "ipykernel.debugger",
     "ipykernel.heartbeat",
@@ -318,7 +323,7 @@ KERNEL_PARTS += (
 )
 KERNEL_PARTS += ("IPython.utils.wildcard", "tornado.gen", "tornado.locks", "tornado.platform.asyncio", "tornado.queues")
 
-# %% ../nbs/37_warm.ipynb #37-warm-21
+# %% ../nbs/37_warm.ipynb #37-warm-22
 if __name__ == "__main__":
     sys.path.pop(0)  # the folder of this package: its modules are not to be found by accident
     if sys.argv[3:]:  # a parent of commands
