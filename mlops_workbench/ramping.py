@@ -225,7 +225,7 @@ def _asked(
 
 
 @app.command()
-def pause(key: Key, reason: Reason, actor: Actor = "", json_: Json = False) -> None:
+def pause(key: Key, reason: Reason = "by hand", actor: Actor = "", json_: Json = False) -> None:
     "Let production serve everybody for a while."
     from mlops_workbench.controller import pause_rollout
 
@@ -241,7 +241,7 @@ def resume(key: Key, actor: Actor = "", json_: Json = False) -> None:
 
 
 @app.command()
-def abort(key: Key, reason: Reason, actor: Actor = "", json_: Json = False) -> None:
+def abort(key: Key, reason: Reason = "by hand", actor: Actor = "", json_: Json = False) -> None:
     "End a rollout without a verdict; its candidate stays a candidate."
     from mlops_workbench.controller import abort_rollout
 

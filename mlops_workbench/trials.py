@@ -178,7 +178,7 @@ def ramp(
 @app.command()
 def stop(
     key: Key,
-    reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
+    reason: Annotated[str, typer.Option(help="Why, for the ledger.")] = "stopped by hand",
     actor: Actor = "",
     json_: Json = False,
 ) -> None:
