@@ -77,9 +77,7 @@ def power(
     for name, what in (("watched", f"looked at {looks} times"), ("once", "looked at once, at the end")):
         lasts = f", {days[name]} days" if days else ""
         print(f"{sizes[name]:,} units an arm{lasts}: {what}")
-    print(
-        f"to find {effect:+.1%} of {baseline:g} with {chance:.0%} power, {asked} comparison{'s' * (asked > 1)} at 5 % in all"
-    )
+    print(f"to find {effect:+.1%} of {baseline:g} with {chance:.0%} power, comparisons: {asked}, at 5 % in all")
 
 
 def _size(

@@ -109,6 +109,10 @@ def test_people_read_lines_and_mistakes_are_one_line_with_an_exit_code(project):
     assert "at first it is in [1, 2000]" in told[1][2]
     assert told[2][1] == "planner_tone is active, phase 1: 20.00% of every arm\n"
     assert "there is no experiment 'planner_ton': did you mean 'planner_tone'" in told[3][2]
-    assert "it is only raised" in told[4][2] and "0 units exposed" in told[5][1] and "planner_tone is completed" in told[6][1]
+    assert (
+        "it is only raised" in told[4][2]
+        and "0 units exposed" in told[5][1]
+        and "planner_tone is completed" in told[6][1]
+    )
     assert "cannot be read" in told[7][2] and "planner_tone  completed" in told[8][1]
     assert all(told[i][2].count("\n") == 1 for i in (1, 3, 4, 7))
