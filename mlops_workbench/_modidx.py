@@ -1907,6 +1907,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mlops_workbench.store.Store': ('store.html#store', 'mlops_workbench/store.py'),
                                        'mlops_workbench.store.Store.__enter__': ('store.html#store.__enter__', 'mlops_workbench/store.py'),
                                        'mlops_workbench.store.Store.__exit__': ('store.html#store.__exit__', 'mlops_workbench/store.py'),
+                                       'mlops_workbench.store.Store.__getstate__': ( 'store.html#store.__getstate__',
+                                                                                     'mlops_workbench/store.py'),
                                        'mlops_workbench.store.Store.close': ('store.html#store.close', 'mlops_workbench/store.py'),
                                        'mlops_workbench.store._borrow': ('store.html#_borrow', 'mlops_workbench/store.py'),
                                        'mlops_workbench.store._check_server': ('store.html#_check_server', 'mlops_workbench/store.py'),

@@ -57,6 +57,9 @@ class Store:
         if release:
             release()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_idle": self._idle and []}  # a connection stays in its process
+
     def __enter__(self) -> "Store":
         return self
 
@@ -80,21 +83,17 @@ def _told(
     url: str,  # where
 ) -> Exception:  # a WorkbenchError where the world is to blame, else the error itself
     "Put what a person can mend into one line."
-    said = " ".join(str(error).split()).removeprefix("connection failed: ")
+    said, place = " ".join(str(error).split()).removeprefix("connection failed: "), _place(url)
     if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
-        return WorkbenchError(
-            f"database {_place(url)} is read-only: connect to the primary, with a role that may write"
-        )
+        return WorkbenchError(f"database {place} is read-only: connect to the primary, with a role that may write")
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
-        return WorkbenchError(f"database {_place(url)} refuses: {said}: grant it to the role, or use another role")
+        return WorkbenchError(f"database {place} refuses: {said}: grant it to the role, or use another role")
     if isinstance(error, psycopg.errors.DiskFull):
-        return WorkbenchError(f"database {_place(url)} has no space left: {said}: free some and run again")
+        return WorkbenchError(f"database {place} has no space left: {said}: free some and run again")
     # 08 connection, 28 login, 3D no such database, 53 resources, 57P shut down; a lost connection has no state
     unreachable = re.match("08|28|3D|53|57P", error.sqlstate or "08")
     if isinstance(error, psycopg.OperationalError) and unreachable:
-        return WorkbenchError(
-            f"database {_place(url)} is not reachable: {said}: start it, or check WORKBENCH_DATABASE_URL"
-        )
+        return WorkbenchError(f"database {place} is not reachable: {said}: start it, or check WORKBENCH_DATABASE_URL")
     return error
 
 # %% ../nbs/03_store.ipynb #03-store-08

@@ -1,6 +1,7 @@
 "The life of the embedded server under bad luck, and migrations under concurrency."
 
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -804,3 +805,11 @@ def test_a_closed_store_keeps_no_connection(store):
             time.sleep(0.01)
         assert other.execute(gone, (first,)).fetchone()["n"] == 0
     assert backend(store) != backend(store)
+
+
+def test_a_store_travels_without_its_connection(store):
+    first = backend(store)
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.url == store.url and backend(copy) != first and backend(store) == first
+    copy.close()
+    assert pickle.loads(pickle.dumps(copy))._idle is None, "a closed one stays closed"
