@@ -59,7 +59,7 @@ def test_site_has_no_warnings(site):
 
 @pytest.mark.slow
 def test_every_notebook_has_a_page(site):
-    names = {p.stem.split("_", 1)[1] for p in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")}
+    names = {p.stem.split("_", 1)[1] for p in (ROOT / "nbs").glob("[0-9][0-9][0-9]_*.ipynb")}
     assert {name for name in names if not (site / f"{name}.html").is_file()} == set()
 
 

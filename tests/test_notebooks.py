@@ -21,7 +21,7 @@ from mlops_workbench.core import read_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-LIBRARY = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
+LIBRARY = sorted(NBS.glob("[0-9][0-9][0-9]_*.ipynb"))
 PIPELINES = sorted((NBS / "pipelines").glob("*.ipynb"))
 PAGES = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
