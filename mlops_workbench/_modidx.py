@@ -2228,4 +2228,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mlops_workbench.warm.fork_hazards': ('warm.html#fork_hazards', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm.import_names': ('warm.html#import_names', 'mlops_workbench/warm.py'),
                                       'mlops_workbench.warm.serve': ('warm.html#serve', 'mlops_workbench/warm.py'),
-                                      'mlops_workbench.warm.shed_project': ('warm.html#shed_project', 'mlops_workbench/warm.py')}}}
+                                      'mlops_workbench.warm.shed_project': ('warm.html#shed_project', 'mlops_workbench/warm.py')},
+            'mlops_workbench.wiring': { 'mlops_workbench.wiring.Wiring': ('wiring.html#wiring', 'mlops_workbench/wiring.py'),
+                                        'mlops_workbench.wiring._number': ('wiring.html#_number', 'mlops_workbench/wiring.py'),
+                                        'mlops_workbench.wiring._text': ('wiring.html#_text', 'mlops_workbench/wiring.py'),
+                                        'mlops_workbench.wiring.service_settings': ( 'wiring.html#service_settings',
+                                                                                     'mlops_workbench/wiring.py')}}}

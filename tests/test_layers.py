@@ -15,6 +15,11 @@ REFERENCE = range(960, 990)
 
 MODELS = {"base", "artifact", "checkpoint", "model", "training", "pretraining"}
 
+WEB = {"administration", "completions", "flags", "guard", "scoring", "service", "serving"}
+
+COMMANDS = {"access", "alarms", "audit", "automation", "commands", "operations", "predicting", "ramping", "readings"}
+COMMANDS |= {"safekeeping", "series", "trials", "upkeep", "visitors", "watching"}
+
 # Outside system → the modules that may import it. A name ending in `*` is a prefix.
 DOORS = {
     "psycopg": {"store"},
@@ -40,25 +45,37 @@ DOORS = {
     "ray": {"cluster"},
     "rich": {"live"},
     "ipywidgets": {"live"},
-    "fastapi": {"serving"},
+    "fastapi": WEB,
+    "starlette": WEB,
+    "uvicorn": WEB,
+    "msgspec": WEB | {"intake", "keys", "prediction"},
+    "jwt": {"keys"},
+    "limits": {"guard"},
+    "prometheus_client": {"instruments"},
+    "opentelemetry*": {"tracing"},
+    "sklearn": {"drift", "monitoring"},
+    "river": {"drift", "monitoring"},
+    "cronsim": {"trigger"},
+    "grafana_foundation_sdk": {"board"},
     "growthbook": {"targeting"},
     "fnv_hash_fast": {"targeting"},
     "openfeature*": set(),
     "statsmodels": {"effect", "power"},
     "smalldocs": {"docs"},
     "nbdev": {"docs"},
-    "typer": {"audit", "cli", "commands", "ramping", "readings", "series", "trials"},
+    "typer": COMMANDS | {"cli"},
 }
 
 # Values in, values out: no door, no system, no file.
 PURE = {"core", "metrics", "stats", "task", "counterfactual", "gate"}
-PURE |= {"sums", "effect", "sequential", "power", "targeting", "assignment", "findings", "rollout", "payload"}
+PURE |= {"sums", "effect", "sequential", "power", "targeting", "assignment", "findings", "rollout", "payload", "drift"}
+PURE |= {"trigger"}
 SYSTEM = {"os", "socket", "subprocess", "shutil", "tempfile", "requests", "httpx", "urllib.request", "http.client"}
 FILES = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink", "touch"}
 OPENS_FILES = {("core", "digest_file"), ("core", "digest_folder")}
 
 # The command line must answer `--help` in 0.4 CPU-seconds, so it imports a room only when a command asks for it.
-LAZY = {"audit", "cli", "commands", "ramping", "readings", "series", "trials"}
+LAZY = COMMANDS | {"cli"}
 
 
 def numbers(
@@ -176,8 +193,8 @@ def test_numbers_are_unique():
     [
         ("events", "from .store import transaction", []),
         ("store", "from .events import Event", ["imports events (100), which is not lower than 020"]),
-        ("store", "from mlops_workbench.store import x", ["imports store (02), which is not lower than 02"]),
-        ("events", "from . import gate", ["imports gate (30), which is not lower than 10"]),
+        ("store", "from mlops_workbench.store import x", ["imports store (020), which is not lower than 020"]),
+        ("events", "from . import gate", ["imports gate (300), which is not lower than 100"]),
         ("events", "def f():\n    from .store import x", ["imports store inside a function"]),
         ("cli", "def f():\n    from .store import x", []),
         ("late", "from .kitchen import World", ["imports the reference task's module kitchen"]),
@@ -206,12 +223,12 @@ def test_numbers_are_unique():
 def test_the_rules_can_be_broken(module, source, expected):
     rooms = {
         "core": 0,
-        "store": 2,
-        "events": 10,
-        "gate": 30,
-        "cli": 89,
-        "kitchen": 93,
-        "planner": 94,
-        "recommender": 95,
+        "store": 20,
+        "events": 100,
+        "gate": 300,
+        "cli": 949,
+        "kitchen": 970,
+        "planner": 975,
+        "recommender": 980,
     }
-    assert offences(module, source, rooms | {"late": 98}) == expected
+    assert offences(module, source, rooms | {"late": 990}) == expected
