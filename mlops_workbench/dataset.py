@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'typed_examples', 'Split', 'plan_split', 'split_examples', 'fingerprint', 'DatasetVersion',
-           'describe_dataset', 'write_dataset', 'dataset_place', 'publish_dataset', 'fetch_dataset', 'freeze_dataset',
-           'read_dataset', 'newest_dataset', 'plot_dataset']
+           'describe_dataset', 'dataset_contract', 'write_dataset', 'dataset_place', 'publish_dataset', 'fetch_dataset',
+           'freeze_dataset', 'read_dataset', 'newest_dataset', 'read_contract', 'contract_faults', 'plot_dataset']
 
 # %% ../nbs/130_dataset.ipynb #130-dataset-03
 import hashlib
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .contract import Contract, Fault, check_frame, context_frame, infer_contract
 from .core import WorkbenchError, as_utc, canonical_bytes
 from .settings import Settings
 from .shelf import fetch_folder, keep_folder
@@ -178,7 +179,16 @@ def _summary(
         lines.append(f"| {name} | {kind} | {rows[name].nunique():,} | {int(rows[name].isna().sum()):,} | `{shown}` |")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/130_dataset.ipynb #130-dataset-21
+# %% ../nbs/130_dataset.ipynb #130-dataset-22
+def dataset_contract(
+    rows: pd.DataFrame,  # typed examples with `split`
+    name: str,  # of the dataset
+) -> Contract:
+    "Infer what the contexts of a dataset's training part look like."
+    train = rows[rows["split"] == "train"]
+    return infer_contract(context_frame(train["context"]), name)
+
+# %% ../nbs/130_dataset.ipynb #130-dataset-23
 def write_dataset(
     rows: pd.DataFrame,  # typed examples with `split`
     dataset: DatasetVersion,  # from `describe_dataset`
@@ -190,6 +200,8 @@ def write_dataset(
         rows.to_parquet(beside / "data.parquet", index=False, compression="zstd")
         schema = {k: v for k, v in asdict(dataset).items() if k != "path"} | {"columns": COLUMNS, "format": 1}
         (beside / "schema.json").write_text(json.dumps(schema, indent=2) + "\n")
+        contract = dataset_contract(rows, dataset.name).to_dict()
+        (beside / "contract.json").write_text(json.dumps(contract, indent=2) + "\n")
         (beside / "summary.md").write_text(_summary(rows, dataset))
         beside.chmod(0o755)
         if dataset.path.exists():
@@ -199,8 +211,8 @@ def write_dataset(
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
-# %% ../nbs/130_dataset.ipynb #130-dataset-23
-_FILES = ("data.parquet", "summary.md", "schema.json")
+# %% ../nbs/130_dataset.ipynb #130-dataset-25
+_FILES = ("data.parquet", "summary.md", "contract.json", "schema.json")
 
 
 def dataset_place(
@@ -211,7 +223,7 @@ def dataset_place(
     "Say where the artefact store keeps a dataset version."
     return f"{settings.artifacts.rstrip('/')}/datasets/{task}/{version}"
 
-# %% ../nbs/130_dataset.ipynb #130-dataset-24
+# %% ../nbs/130_dataset.ipynb #130-dataset-26
 def publish_dataset(
     settings: Settings,
     dataset: DatasetVersion,  # written below `settings.home`
@@ -228,7 +240,7 @@ def fetch_dataset(
     "Bring a dataset version from the artefact store in place of what is here, all of it or nothing."
     return fetch_folder(dataset_place(settings, task, version), settings.home / "datasets" / task / version)
 
-# %% ../nbs/130_dataset.ipynb #130-dataset-25
+# %% ../nbs/130_dataset.ipynb #130-dataset-27
 def freeze_dataset(
     store: Store,
     settings: Settings,
@@ -257,7 +269,7 @@ def freeze_dataset(
         write_rows(connection, "exp.datasets", [record], key=("task", "version"))
     return dataset
 
-# %% ../nbs/130_dataset.ipynb #130-dataset-27
+# %% ../nbs/130_dataset.ipynb #130-dataset-29
 def _read_version(
     path: Path,  # folder of the version
     settings: Settings,
@@ -278,7 +290,7 @@ def _read_version(
         raise WorkbenchError(f"{name} has changed: {asked}: {again}")
     return DatasetVersion(**fields, path=path), rows
 
-# %% ../nbs/130_dataset.ipynb #130-dataset-28
+# %% ../nbs/130_dataset.ipynb #130-dataset-30
 def read_dataset(
     settings: Settings,
     task: str,  # the task's name
@@ -295,13 +307,15 @@ def read_dataset(
             logging.getLogger(__name__).warning("%s; the artefact store's copy took its place", refused)
         return _read_version(path, settings)
 
-# %% ../nbs/130_dataset.ipynb #130-dataset-33
+# %% ../nbs/130_dataset.ipynb #130-dataset-35
 def newest_dataset(
     store: Store,
     task: str,  # the task's name
 ) -> str:  # version
     "Find the dataset version of a task that was made last."
-    newest = "SELECT version FROM exp.datasets WHERE task = %s ORDER BY created_at DESC LIMIT 1"
+    newest = (
+        "SELECT version FROM exp.datasets WHERE task = %s AND withdrawn_at IS NULL ORDER BY created_at DESC LIMIT 1"
+    )
     with transaction(store) as connection:
         found = read_rows(connection, newest, (task,))
     if not found:
@@ -309,6 +323,39 @@ def newest_dataset(
     return found[0]["version"]
 
 # %% ../nbs/130_dataset.ipynb #130-dataset-37
+def read_contract(
+    settings: Settings,
+    task: str,  # the task's name
+    version: str,  # such as 'd-7f3a0c1b2d4e'
+) -> Contract:
+    "Read what the contexts of a dataset version look like."
+    dataset, rows = read_dataset(settings, task, version)
+    kept = dataset.path / "contract.json"
+    if not kept.is_file():  # of a version that was written before contracts were
+        return dataset_contract(rows, dataset.name)
+    return Contract.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+
+
+def contract_faults(
+    store: Store,
+    settings: Settings,
+    dataset: DatasetVersion,  # just made
+    rows: pd.DataFrame,  # its rows
+) -> tuple[str, list[Fault]]:  # the version before ('' when this is the first), and in what the rows differ from it
+    "Hold a dataset's contexts against the contract of the version before."
+    before = "SELECT version FROM exp.datasets WHERE task = %s AND version <> %s ORDER BY created_at DESC LIMIT 1"
+    with transaction(store) as connection:
+        found = read_rows(connection, before, (dataset.task, dataset.version))
+    if not found:
+        return "", []
+    try:
+        contract = read_contract(settings, dataset.task, found[0]["version"])
+    except WorkbenchError as gone:  # erased, or past its retention: nothing to compare with, and no reason to stop
+        logging.getLogger(__name__).warning("no contract to compare with: %s", gone)
+        return "", []
+    return found[0]["version"], check_frame(contract, context_frame(rows["context"]))
+
+# %% ../nbs/130_dataset.ipynb #130-dataset-42
 def plot_dataset(
     rows: pd.DataFrame,  # dataset rows
 ) -> Any:  # matplotlib Figure
