@@ -34,7 +34,7 @@ test: $(STAMP)
 	echo "ruff check";  ruff check --quiet .; \
 	echo "ruff format"; ruff format --quiet --check .; \
 	echo "notebooks (nbdev-test)"; nbdev-test --n-workers 2; \
-	echo "tests (pytest)"; python -m pytest; \
+	echo "tests (pytest)"; python -m pytest -n 2 --dist loadfile; \
 	[ "$$before" = "$$(state | cksum)" ] || { echo "the checks changed the working tree:"; git status --short; exit 1; }
 
 lab: $(STAMP)

@@ -14,15 +14,24 @@ from typing import Annotated, Any
 
 import typer
 
+from .access import app as access
+from .alarms import app as alarms
 from .audit import app as audit
+from .automation import app as automation
 from .commands import Json, as_json, as_table
 from .commands import app as tools
 from .core import WorkbenchError
+from .operations import app as operations
+from .predicting import app as predicting
 from .ramping import app as rollout
 from .readings import app as experiment
+from .safekeeping import app as safekeeping
 from .series import app as series
 from .series import stand_in
 from .settings import Settings, read_settings, redact
+from .upkeep import app as upkeep
+from .visitors import app as visitors
+from .watching import app as watching
 
 # %% ../nbs/949_cli.ipynb #949-cli-06
 app = typer.Typer(
@@ -337,4 +346,13 @@ app.add_typer(audit)
 app.add_typer(series)
 app.add_typer(rollout, name="rollout")
 app.add_typer(experiment, name="experiment")
+app.add_typer(automation)
+app.add_typer(safekeeping)
+app.add_typer(access)
+app.add_typer(operations)
+app.add_typer(predicting)
+app.add_typer(watching)
+app.add_typer(alarms)
+app.add_typer(upkeep)
+app.add_typer(visitors)
 app.add_typer(tools)

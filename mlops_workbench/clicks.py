@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'WHEEL_DIGEST', 'SAMPLE', 'N_ITEMS', 'N_POSITIONS', 'REQUEST', 'fetch_examples', 'invent_click_rates',
-           'invent_sample', 'read_sample', 'write_sample', 'read_decisions']
+           'invent_sample', 'read_sample', 'write_sample', 'read_decisions', 'write_visitors', 'behave']
 
 # %% ../nbs/960_clicks.ipynb #960-clicks-03
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ REQUEST = FeatureSet(
     """
     SELECT spine.row_id, e.payload ->> 'request' AS request
     FROM spine LEFT JOIN exp.events e ON e.id = spine.row_id::uuid AND e.type = 'item_shown'
-         AND e.event_at <= spine.as_of AND e.received_at <= spine.as_of
+         AND (e.received_at <= spine.as_of OR e.event_at = spine.as_of)
     """,
     ("request",),
 )
@@ -229,3 +230,31 @@ def read_decisions(
         action=_canonical(json.dumps(action) for action in actions),
         outcome=_canonical(json.dumps({"clicked": bool(clicked)}) for clicked in decided["clicked"]),
     )
+
+# %% ../nbs/960_clicks.ipynb #960-clicks-28
+def write_visitors(
+    store: Store,  # not needed: the request says it all
+    n: int,  # visitors, 1 or more
+    seed: int,  # equal seeds give equal visitors
+    at: datetime,  # not needed
+) -> list[tuple[str, dict[str, Any]]]:  # unit id, and what its request says
+    "Invent visitors and the places that they look at."
+    found = []
+    for i in range(n):
+        rng = random.Random(f"{seed}/visitor/{i}")
+        request = {
+            "position": rng.randint(1, N_POSITIONS),
+            "user": [f"{rng.randrange(3 + 2 * j):08x}" for j in range(4)],
+        }
+        found.append((f"visitors-s{seed}/profile-{i:04d}", request | {"affinity": {}}))
+    return found
+
+
+def behave(
+    context: Mapping,  # not looked at: in the invented sample only the item decides
+    served: Mapping,  # what the service said: `event_id` and `payload`, with the item that was drawn
+    rng: random.Random,  # owned by the caller
+) -> tuple[str, dict[str, Any], dict[str, float]] | None:  # type, payload and metrics of the event; None: no click
+    "Let a visitor look at an item."
+    clicked = rng.random() < invent_click_rates()[served["payload"]["item"]]
+    return ("item_clicked", {"shown": served["event_id"]}, {"clicked": 1.0}) if clicked else None

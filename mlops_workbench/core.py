@@ -12,6 +12,7 @@ import ast
 import difflib
 import hashlib
 import io
+import json
 import math
 import re
 import tokenize
@@ -53,7 +54,10 @@ def as_utc(
     at = datetime.fromisoformat(value) if isinstance(value, str) else value
     if at.tzinfo is None:
         raise ValueError(f"time {value!s} has no time zone: write an offset, such as '{at.isoformat()}+00:00'")
-    return at.astimezone(UTC)
+    try:
+        return at.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"time {value!s} is before the year 1 or after 9999 in UTC: write one in between") from None
 
 # %% ../nbs/000_core.ipynb #000-core-15
 def _plain(value: Any) -> Any:
@@ -106,13 +110,17 @@ def new_id() -> str:  # 36 characters, lower case
 
 # %% ../nbs/000_core.ipynb #000-core-25
 _NAMESPACE = uuid.UUID("6f1c2f0e-3c0b-5d4a-9a52-0d6f6b8e7a11")
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def stable_id(
     *parts: str | int,  # the natural key, most general part first
 ) -> str:  # 36 characters; equal keys give equal ids
     "Make the identifier that belongs to a natural key."
-    return str(uuid.uuid5(_NAMESPACE, canonical_bytes(list(parts)).decode()))
+    name = _COMPACT(parts).encode()  # of texts and whole numbers this is the canonical form
+    made = bytearray(hashlib.sha1(_NAMESPACE.bytes + name, usedforsecurity=False).digest()[:16])
+    made[6], made[8] = made[6] & 0x0F | 0x50, made[8] & 0x3F | 0x80  # RFC 9562: version 5, and the variant
+    return "{}-{}-{}-{}-{}".format(*(made[i:j].hex() for i, j in ((0, 4), (4, 6), (6, 8), (8, 10), (10, 16))))
 
 # %% ../nbs/000_core.ipynb #000-core-29
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['START', 'N_WEEKS', 'preference', 'ideal_week', 'decide_week', 'name_decision', 'Stay', 'live', 'Week',
-           'simulate_history', 'write_simulation']
+           'simulate_history', 'erase_household', 'write_simulation', 'write_visitors', 'behave']
 
 # %% ../nbs/970_kitchen.ipynb #970-kitchen-03
 import random
@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from math import ceil, log
+from typing import Any
 
+from .absence import erased_among
 from mlops_workbench.cookbook import (
     BUDGETS,
     FILES,
@@ -265,7 +267,28 @@ def _claim_source(
             f"decisions, not seed {wanted['seed']} and {wanted['n_decisions']}: give this one a source of its own"
         )
 
-# %% ../nbs/970_kitchen.ipynb #970-kitchen-34
+# %% ../nbs/970_kitchen.ipynb #970-kitchen-35
+def _still_wanted(
+    connection: Any,  # inside a transaction of the store
+    rows: Sequence[Mapping],  # each with `household_id`
+) -> list[Mapping]:
+    "Leave out the rows of households that were erased."
+    gone = erased_among(connection, "household", {row["household_id"] for row in rows})
+    return [row for row in rows if row["household_id"] not in gone]
+
+
+def erase_household(
+    connection: Any,  # inside a transaction of the store
+    unit_id: str,  # household
+) -> int:  # rows
+    "Delete what is kept about a household beside its events."
+    n = 0
+    for table in ("exp.households", "exp.pantries"):
+        if read_rows(connection, "SELECT 1 WHERE to_regclass(%s) IS NOT NULL", (table,)):
+            n += connection.execute(f"DELETE FROM {table} WHERE household_id = %s", (unit_id,)).rowcount
+    return n
+
+# %% ../nbs/970_kitchen.ipynb #970-kitchen-36
 def write_simulation(
     store: Store,  # where
     source: str,  # name of the history, such as 'simulation-s0-n4400'
@@ -280,6 +303,44 @@ def write_simulation(
     households, pantries = _state_rows(stays, weeks, source)
     with transaction(store) as connection:
         write_rows(connection, "exp.recipes", _recipe_rows(), ("recipe_id", "valid_from"))
-        write_rows(connection, "exp.households", households, ("household_id", "valid_from"))
-        write_rows(connection, "exp.pantries", pantries, ("household_id", "valid_from"))
+        for table, rows in (("exp.households", households), ("exp.pantries", pantries)):
+            write_rows(connection, table, _still_wanted(connection, rows), ("household_id", "valid_from"))
     return write_events(store, [event for week in weeks for event in _week_events(week, source, seed)]).n_new
+
+# %% ../nbs/970_kitchen.ipynb #970-kitchen-40
+def write_visitors(
+    store: Store,  # where
+    n: int,  # households, 1 or more
+    seed: int,  # equal seeds give equal households
+    at: datetime,  # aware; when they ask
+) -> list[tuple[str, dict]]:  # unit id, and what its request says: nothing, all is in the store
+    "Make sure that households of the present are in the store, with their pantries of this week and the next."
+    source, names = f"visitors-s{seed}", ("household_id", "valid_from", "valid_until")
+    monday = datetime.combine(at.date() - timedelta(days=at.weekday()), datetime.min.time(), UTC)
+    households, pantries = [], []
+    for i in range(n):
+        unit_id = _household_id(source, i)
+        attributes = draw_household(random.Random(f"{seed}/visitor/{i}"))
+        households.append(dict(zip(names, (unit_id, START, None), strict=True)) | attributes)
+        for begin in (monday, monday + timedelta(weeks=1)):
+            items = draw_pantry(random.Random(f"{seed}/visitor/{i}/{begin.date()}"))
+            valid = dict(zip(names, (unit_id, begin, begin + timedelta(weeks=1)), strict=True))
+            pantries.append(valid | {"items": items})
+    apply_migrations(store, read_migrations(FILES / "migrations", "planner"))
+    with transaction(store) as connection:
+        write_rows(connection, "exp.recipes", _recipe_rows(), ("recipe_id", "valid_from"))
+        for table, rows in (("exp.households", households), ("exp.pantries", pantries)):
+            write_rows(connection, table, _still_wanted(connection, rows), ("household_id", "valid_from"))
+    return [(household["household_id"], {}) for household in households]
+
+
+def behave(
+    context: Mapping,  # a whole context
+    served: Mapping,  # what the service said: `event_id` and `answer`, recipe ids
+    rng: random.Random,  # owned by the caller
+) -> tuple[str, dict, dict[str, float]]:  # type, payload and metrics of the event that tells it
+    "Let a household decide about a proposal."
+    chosen, proposed = decide_week(context, rng), served["answer"]
+    decision = name_decision(proposed, chosen)
+    metrics = {"accepted": float(decision == "accepted"), "edits": float(len(set(chosen) - set(proposed)))}
+    return "plan_decided", {"plan_id": served["event_id"], "plan": chosen, "decision": decision}, metrics

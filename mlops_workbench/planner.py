@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'CRITERIA', 'REQUEST', 'task', 'violations', 'rule', 'fallback', 'prompt', 'completion', 'pieces', 'parse',
-           'score', 'write_history', 'read_examples', 'generic_examples', 'Planner']
+           'score', 'write_history', 'read_examples', 'read_context', 'tell_decision', 'generic_examples', 'Planner']
 
 # %% ../nbs/975_planner.ipynb #975-planner-03
 import json
@@ -27,11 +27,11 @@ from mlops_workbench.cookbook import (
     read_recipes,
 )
 from .core import WorkbenchError, canonical_bytes
-from .features import FeatureSet, compute_features
-from .kitchen import write_simulation
+from .features import FeatureSet, compute_features, compute_row
+from .kitchen import behave, erase_household, write_simulation, write_visitors
 from .metrics import Metric, edit_distance, jaccard
 from .settings import Settings
-from .store import Store, read_table
+from .store import Store, read_table, transaction
 from .task import Choice, Criterion
 
 # %% ../nbs/975_planner.ipynb #975-planner-06
@@ -249,7 +249,32 @@ def read_examples(
         outcome=decisions["outcome"].map(_canonical),
     )
 
-# %% ../nbs/975_planner.ipynb #975-planner-44
+# %% ../nbs/975_planner.ipynb #975-planner-39
+def read_context(
+    store: Store,  # where
+    unit_id: str,  # household
+    at: datetime,  # aware; when the plan is asked for
+    request: Mapping,  # not needed: all that is known of a household is in the store
+) -> dict:  # a whole context
+    "Compute what is known of a household."
+    with transaction(store) as connection:
+        features = compute_row(connection, REQUEST, unit_id, unit_id, at)
+    if missing := [key for key in ("size", "pantry") if features[key] is None]:
+        what = " and ".join({"size": "attributes", "pantry": "pantry"}[key] for key in missing)
+        raise LookupError(f"household {unit_id!r} has no {what} at {at.isoformat()}: write them before asking")
+    return _context(features | {"row_id": unit_id})
+
+
+def tell_decision(
+    context: Mapping,  # not needed: it can be computed again
+    answer: list[str],  # recipe ids
+    event_id: str,  # names the plan, for the decision that follows
+    served_by: str,  # not needed: the event's context says it
+) -> tuple[str, dict[str, Any]]:  # type and payload
+    "Describe a proposal as the history does."
+    return "plan_proposed", {"plan_id": event_id, "plan": answer}
+
+# %% ../nbs/975_planner.ipynb #975-planner-47
 _COOK = (0.7, 0.8, 0.5)
 
 
@@ -264,7 +289,7 @@ def generic_examples(
         examples.append((context, choose_week(add_noise(_taste(context, _COOK), 0.5, rng))))
     return examples
 
-# %% ../nbs/975_planner.ipynb #975-planner-47
+# %% ../nbs/975_planner.ipynb #975-planner-50
 class Planner:
     "Propose a household's week of dinners."
 
@@ -285,6 +310,11 @@ class Planner:
     generic_examples = staticmethod(generic_examples)
     write_history = staticmethod(write_history)
     read_examples = staticmethod(read_examples)
+    read_context = staticmethod(read_context)
+    tell_decision = staticmethod(tell_decision)
+    write_visitors = staticmethod(write_visitors)
+    behave = staticmethod(behave)
+    erase_unit = staticmethod(erase_household)
 
     @staticmethod
     def target(

@@ -88,6 +88,9 @@ def _admit(
     if stage not in ("candidate", "experiment", "production"):
         back = ", or go back to it with `workbench rollback`" if stage in ("archived", "rolled_back") else ""
         raise WorkbenchError(f"{version.label} is {stage!r}: only a candidate can be promoted{back}")
+    tainted = "SELECT 1 FROM exp.taints WHERE kind = 'model' AND name = %s AND version = %s LIMIT 1"
+    if stage != "production" and read_rows(connection, tainted, (version.name, str(version.version))):
+        raise WorkbenchError(f"{version.label} has learned from a unit that was erased since: train it again")
     ask_record(connection, version.subject)
 
 # %% ../nbs/330_policy.ipynb #330-policy-11

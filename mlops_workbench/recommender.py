@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MIN_PROBABILITY', 'METRICS', 'CRITERIA', 'TEMPERATURE', 'EXPLORATION', 'DIMENSIONS', 'task', 'violations', 'rule',
-           'score', 'RankingModel', 'predict', 'fit', 'save', 'load', 'Recommender']
+           'score', 'RankingModel', 'predict', 'fit', 'save', 'load', 'read_context', 'tell_decision', 'Recommender']
 
 # %% ../nbs/980_recommender.ipynb #980-recommender-03
 import json
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .clicks import N_ITEMS, N_POSITIONS, fetch_examples, read_decisions, write_sample
+from mlops_workbench.clicks import (
+    N_ITEMS,
+    N_POSITIONS,
+    behave,
+    fetch_examples,
+    read_decisions,
+    write_sample,
+    write_visitors,
+)
 from .core import WorkbenchError
 from .counterfactual import importance_weight
 from .metrics import Metric
@@ -287,6 +296,42 @@ def load(
     return RankingModel(vocabulary, weights, settings["temperature"], settings["exploration"])
 
 # %% ../nbs/980_recommender.ipynb #980-recommender-37
+def read_context(
+    store: Store,  # not needed: the page knows it all
+    unit_id: str,  # visitor; not needed
+    at: datetime,  # not needed
+    request: Mapping,  # position, user and affinity
+) -> dict[str, Any]:  # a context as the log keeps it
+    "Check what a page says of a visitor and a place."
+    if missing := sorted({"position", "user", "affinity"} - set(request)):
+        raise ValueError(f"the request has no {', '.join(missing)}: send position, user and affinity")
+    position, user, affinity = request["position"], request["user"], request["affinity"]
+    if type(position) is not int or not 1 <= position <= N_POSITIONS:
+        raise ValueError(f"position is {position!r}: send a number from 1 to {N_POSITIONS}")
+    if not isinstance(user, list) or not all(isinstance(value, str) for value in user):
+        raise ValueError("user is not a list of texts: send the visitor's features")
+    items = {str(i) for i in range(N_ITEMS)}
+    if not isinstance(affinity, Mapping) or not affinity.keys() <= items:
+        raise ValueError(f"affinity is not a mapping of items 0 to {N_ITEMS - 1}: send a number for each known item")
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in affinity.values()):
+        raise ValueError("affinity has a value that is no number: send a number for each known item")
+    return {"position": position, "user": user, "affinity": dict(affinity)}
+
+# %% ../nbs/980_recommender.ipynb #980-recommender-38
+def tell_decision(
+    context: Mapping,  # as it was asked
+    answer: Mapping,  # top_item and probabilities
+    event_id: str,  # of the decision
+    served_by: str,  # such as 'recommender@3'
+) -> tuple[str, dict[str, Any]]:  # type and payload
+    "Draw the item that is shown, and describe it as the history does."
+    chances = answer["probabilities"]
+    item = random.Random(event_id).choices(range(N_ITEMS), chances)[0]
+    even = min(chances) == max(chances)  # what the log calls the random policy, whoever chose so
+    choice = {"item": item, "policy": "random" if even else served_by, "propensity": chances[item]}
+    return "item_shown", {"shown": event_id, "request": dict(context)} | choice
+
+# %% ../nbs/980_recommender.ipynb #980-recommender-41
 class Recommender:
     "Choose which item a visitor is shown."
 
@@ -302,6 +347,8 @@ class Recommender:
     predict = staticmethod(predict)
     save = staticmethod(save)
     load = staticmethod(load)
+    read_context, tell_decision = staticmethod(read_context), staticmethod(tell_decision)
+    write_visitors, behave = staticmethod(write_visitors), staticmethod(behave)
 
     @staticmethod
     def write_history(

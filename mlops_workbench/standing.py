@@ -26,7 +26,7 @@ class PolicyVersion:
     model_name: str | None  # None: the task's rule answers
     model_version: int | None
     settings: Mapping[str, Any]  # how the model is used, such as the batch size
-    status: str  # candidate, experiment, production, retired or rolled_back
+    status: str  # candidate, experiment, production, retired, rolled_back or archived
     digest: str = ""  # of policy, model files and settings
     model_digest: str | None = None  # of the model's files
     author: str = ""  # who proposed it

@@ -304,8 +304,8 @@ def test_one_that_is_refused_does_not_hold_up_the_others(store):
 
 
 def test_what_was_written_is_not_sent_again(store, monkeypatch):
-    running, groups, keep = started(store), [], room._keep
-    monkeypatch.setattr(room, "_keep", lambda *a: groups.append(len(a[1])) or keep(*a))
+    running, groups, keep = started(store), [], room._keep_group
+    monkeypatch.setattr(room, "_keep_group", lambda *a: groups.append(len(a[1])) or keep(*a))
     with Exposures(store) as buffer:
         for _ in range(3):
             buffer.add(assign(running, "h1"), TUESDAY).result(timeout=30)
@@ -314,8 +314,8 @@ def test_what_was_written_is_not_sent_again(store, monkeypatch):
 
 
 def test_a_full_buffer_says_so_and_a_flush_empties_it(store, monkeypatch):
-    running, gate, keep = started(store), threading.Event(), room._keep
-    monkeypatch.setattr(room, "_keep", lambda *a: gate.wait(30) and keep(*a))
+    running, gate, keep = started(store), threading.Event(), room._keep_group
+    monkeypatch.setattr(room, "_keep_group", lambda *a: gate.wait(30) and keep(*a))
     with Exposures(store, wait_s=0.0, max_group=1, bound=3) as buffer:
         told, waiting = "", []
         for i in range(10):
@@ -333,14 +333,14 @@ def test_a_full_buffer_says_so_and_a_flush_empties_it(store, monkeypatch):
 
 
 def test_a_database_that_is_away_acknowledges_nothing_and_is_tried_again(store, monkeypatch):
-    running, keep, down = started(store), room._keep, [True]
+    running, keep, down = started(store), room._keep_group, [True]
 
     def fail(*arguments):
         if down:
             raise WorkbenchError("database db:5432/workbench is not reachable: start it")
         return keep(*arguments)
 
-    monkeypatch.setattr(room, "_keep", fail)
+    monkeypatch.setattr(room, "_keep_group", fail)
     with Exposures(store) as buffer:
         with pytest.raises(WorkbenchError, match="is not reachable"):
             buffer.add(assign(running, "h1"), TUESDAY).result(timeout=30)
@@ -377,3 +377,50 @@ def test_problems_are_counted_unit_by_unit(store):
     found = exposure_problems(store, "tone")
     assert (found.n_units, found.n_two_variants, found.n_unassigned, found.n_unknown) == (22, 2, 2, 1)
     assert not found.ok and "22 units exposed, of which 2 saw two variants, 2 have no assignment, 1 saw" in str(found)
+
+
+def test_what_is_known_of_a_unit_is_kept_with_its_exposure_where_a_slice_can_read_it(store):
+    running = started(store)
+    about = {"country": "NL", "size": 4, "vegan": True, "note": "a" * 500, "allergens": ["nuts"], "nul": "\x00"}
+    about |= {"share": float("nan"), "source": "somebody else"}
+    with Exposures(store, "service") as buffer:
+        buffer.add(assign(running, "h1"), TUESDAY, about).result(timeout=30)
+    expose(store, [assign(running, "h2")], TUESDAY, contexts=[about])
+    first, second = read_events(store, "exposure").sort_values("unit_id")["context"]
+    known = {"country": "NL", "size": 4, "vegan": True}
+    assert {k: first[k] for k in known} == {k: second[k] for k in known} == known
+    assert first.keys() == second.keys() == known.keys() | {"phase", "policy_version", "source"}
+    assert first["source"] == "service"
+
+
+def test_a_buffer_and_a_call_write_the_same(store):
+    running = started(store)
+    with Exposures(store, "workbench") as buffer:
+        buffer.add(assign(running, "h1"), TUESDAY, {"country": "NL"}).result(timeout=30)
+    before = [read_events(store, "exposure").drop(columns="received_at").to_dict("records"), rows(store)]
+    assert expose(store, [assign(running, "h1")], TUESDAY, contexts=[{"country": "NL"}]) == 0
+    assert [read_events(store, "exposure").drop(columns="received_at").to_dict("records"), rows(store)] == before
+
+
+def test_a_unit_that_cannot_be_named_does_not_hold_up_the_others(store):
+    running = started(store)
+    with Exposures(store, wait_s=0.2) as buffer:
+        bad = [buffer.add(replace(assign(running, "h1"), unit_id=u), TUESDAY) for u in ("a\x00", "\ud800", "u" * 501, "a\tb")]
+        good = buffer.add(assign(running, "h\\1"), TUESDAY)
+        assert good.result(timeout=30) is None
+        for done in bad:
+            with pytest.raises(WorkbenchError, match="unit_id"):
+                done.result(timeout=30)
+    assert len(rows(store)) == 1 and list(read_events(store, "exposure")["unit_id"]) == ["h\\1"]
+
+
+def test_a_buffer_that_may_tries_again_until_the_database_is_back(store):
+    running = started(store)
+    url, other = store.url, Store("postgresql://nobody@127.0.0.1:1/nowhere")
+    with Exposures(other, retry_s=0.05) as buffer:
+        done = buffer.add(assign(running, "h1"), TUESDAY)
+        with pytest.raises(TimeoutError):
+            done.result(timeout=0.5)
+        other.url = url
+        assert done.result(timeout=30) is None
+    assert len(rows(store)) == 1

@@ -13,9 +13,9 @@ PACKAGE = "mlops_workbench"
 # The reference tasks stand for a user's code: the doors do not bind them, and nothing of the library imports them.
 REFERENCE = range(960, 990)
 
-MODELS = {"base", "artifact", "checkpoint", "model", "training", "pretraining"}
+MODELS = {"adapter", "base", "artifact", "checkpoint", "model", "training", "pretraining"}
 
-WEB = {"administration", "completions", "flags", "guard", "scoring", "service", "serving"}
+WEB = {"administration", "completions", "flags", "guard", "refusal", "scoring", "service", "serving"}
 
 COMMANDS = {"access", "alarms", "audit", "automation", "commands", "operations", "predicting", "ramping", "readings"}
 COMMANDS |= {"safekeeping", "series", "trials", "upkeep", "visitors", "watching"}
@@ -49,7 +49,7 @@ DOORS = {
     "starlette": WEB,
     "uvicorn": WEB,
     "msgspec": WEB | {"intake", "keys", "prediction"},
-    "jwt": {"keys"},
+    "jwt": {"tokens"},
     "limits": {"guard"},
     "prometheus_client": {"instruments"},
     "opentelemetry*": {"tracing"},
@@ -69,7 +69,7 @@ DOORS = {
 # Values in, values out: no door, no system, no file.
 PURE = {"core", "metrics", "stats", "task", "counterfactual", "gate"}
 PURE |= {"sums", "effect", "sequential", "power", "targeting", "assignment", "findings", "rollout", "payload", "drift"}
-PURE |= {"trigger"}
+PURE |= {"occasion", "trigger"}
 SYSTEM = {"os", "socket", "subprocess", "shutil", "tempfile", "requests", "httpx", "urllib.request", "http.client"}
 FILES = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink", "touch"}
 OPENS_FILES = {("core", "digest_file"), ("core", "digest_folder")}

@@ -137,6 +137,17 @@ def test_an_unsure_verdict_promotes_nobody(bench):
     assert read_production(bench.store, "planner") is None and read_policies(bench.store) == []
 
 
+def test_a_model_that_learned_from_an_erased_unit_is_not_promoted_any_more(bench):
+    version = bench.settled("good")
+    row = ("model", version.name, str(version.version), "somebody", 1)
+    with transaction(bench.store) as connection:
+        sql = "INSERT INTO exp.taints (kind, name, version, mark, entry) VALUES (%s, %s, %s, %s, %s)"
+        connection.execute(sql, row)
+    with pytest.raises(WorkbenchError, match="has learned from a unit that was erased since: train it again"):
+        promote(*bench.doors, version, PASSED, "ana")
+    assert bench.statuses() == {}
+
+
 def test_a_tag_in_mlflow_makes_no_candidate(bench):
     version = bench.trained("sneaked in")
     bench.tracking.client.set_model_version_tag("planner", "1", "workbench.stage", "candidate")
