@@ -34,7 +34,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psycopg
 import uvloop
@@ -206,7 +205,9 @@ def load(port: int, callers: int, seconds: float, make) -> Load:
 
 def request(path: str, key: str, body: bytes) -> bytes:
     "Build a request."
-    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+    )
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -326,7 +327,9 @@ def tell_assignments(share: float, rounds: dict, costs: dict) -> bool:
     print(f"  {share:.0%} new units: {rate['ours']:,.0f}/s beside {rate['empty']:,.0f}/s of the empty handler")
     print(f"    p99 {tail['ours']:.1f} ms beside {tail['empty']:.1f} ms, statuses {told}")
     print(f"    CPU of the worker a request: {cost['ours']:.0f} µs beside {cost['empty']:.0f} µs")
-    good = [held(f"{share:.0%} new units, requests a second: {ratio:.2f} × (bound {ASSIGNMENTS})", ratio >= ASSIGNMENTS)]
+    good = [
+        held(f"{share:.0%} new units, requests a second: {ratio:.2f} × (bound {ASSIGNMENTS})", ratio >= ASSIGNMENTS)
+    ]
     good.append(held(f"{share:.0%} new units, p99: {slower:.2f} × (bound {TAIL})", slower <= TAIL))
     return all(good) and set(told) == {200}
 
@@ -340,7 +343,9 @@ def raw_copy(url: str, seconds: float) -> float:
         for _ in range(1_000):
             e, n = event(n), n + 1
             parts = [json.dumps(e[name]) for name in ("experiments", "context", "metrics", "payload")]
-            lines.append("\t".join([e["id"], e["type"], e["unit_type"], e["unit_id"], *parts, e["event_at"], e["event_at"]]))
+            lines.append(
+                "\t".join([e["id"], e["type"], e["unit_type"], e["unit_id"], *parts, e["event_at"], e["event_at"]])
+            )
         blocks.append("\n".join(lines) + "\n")
     with psycopg.connect(url, autocommit=True) as connection:
         rows, began = 0, time.perf_counter()
@@ -369,7 +374,9 @@ def part_batches(world, options) -> bool:
         if set(done.statuses) != {200}:
             print(f"  statuses {done.statuses}")
     rate, copy = statistics.median(rates), statistics.median(copies)
-    print(f"  {rate:,.0f} events/s in batches of {BAD_OF} from {options.batch_callers} callers, raw COPY {copy:,.0f} rows/s")
+    print(
+        f"  {rate:,.0f} events/s in batches of {BAD_OF} from {options.batch_callers} callers, raw COPY {copy:,.0f} rows/s"
+    )
     print(f"    PostgreSQL itself spent {statistics.median(servers):.0f} µs of CPU an event")
     cost, tail = statistics.median(costs), statistics.median(tails)
     return all(
@@ -386,7 +393,9 @@ def ceiling(url: str, clients: int, seconds: int) -> tuple[float, str]:
     e = event(0)
     parts = ", ".join(f"'{json.dumps(e[name])}'" for name in ("experiments", "context", "metrics", "payload"))
     columns = "id, type, unit_type, unit_id, experiments, context, metrics, payload, event_at"
-    values = f"gen_random_uuid(), '{e['type']}', '{e['unit_type']}', 'household-' || (random() * 20000)::int, {parts}, now()"
+    values = (
+        f"gen_random_uuid(), '{e['type']}', '{e['unit_type']}', 'household-' || (random() * 20000)::int, {parts}, now()"
+    )
     script = f"INSERT INTO exp.events ({columns}) VALUES ({values});"
     if binary := shutil.which("pgbench"):
         with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
@@ -442,7 +451,9 @@ def part_partial(world, options) -> bool:
     with psycopg.connect(world.url) as connection:
         asked = "SELECT count(*) FROM exp.events WHERE id = ANY(%s::uuid[])"
         n = connection.execute(asked, ([e["id"] for e in events],)).fetchone()[0]
-    return held(f"1 bad event of {BAD_OF}: {answer.status_code}, {n} stored", (answer.status_code, n) == (207, BAD_OF - 1))
+    return held(
+        f"1 bad event of {BAD_OF}: {answer.status_code}, {n} stored", (answer.status_code, n) == (207, BAD_OF - 1)
+    )
 
 
 PARTS = {"assignments": part_assignments, "batches": part_batches, "singles": part_singles, "partial": part_partial}
@@ -464,7 +475,12 @@ class World:
     def postgres(self) -> list[int]:
         "List the processes of the database that serve connections."
         with psycopg.connect(self.url) as connection:
-            return [r[0] for r in connection.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()")]
+            return [
+                r[0]
+                for r in connection.execute(
+                    "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+                )
+            ]
 
 
 @contextmanager

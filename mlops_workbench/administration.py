@@ -77,7 +77,7 @@ def found(
 # %% ../nbs/833_administration.ipynb #833-administration-08
 Key = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=200)]
 Policy = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]+$", max_length=200)]
-Text = Annotated[str, Field(min_length=1, max_length=1_000, pattern=r"^[^\x00-\x08]*\S[^\x00-\x08]*$")]
+Text = Annotated[str, Field(min_length=1, max_length=1_000, pattern=r"^[^\x00-\x08]*[^\s\x00-\x08][^\x00-\x08]*$")]
 Version = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -96,7 +96,7 @@ ANSWERS = {
     }.items()
 }
 
-
+# %% ../nbs/833_administration.ipynb #833-administration-09
 class Reason(BaseModel):
     "Why, for the ledger."
 
@@ -122,7 +122,7 @@ class Approval(Reason):
 
     version: Version
 
-
+# %% ../nbs/833_administration.ipynb #833-administration-10
 def declared(
     read: Callable[[Any], Any],  # makes it of plain values
     given: Any,  # JSON
@@ -137,7 +137,7 @@ def declared(
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise Refused(422, f"the declaration does not fit: {error}") from None
 
-# %% ../nbs/833_administration.ipynb #833-administration-10
+# %% ../nbs/833_administration.ipynb #833-administration-12
 def told_experiment(
     experiment: Experiment,
 ) -> dict[str, Any]:  # JSON
@@ -145,6 +145,17 @@ def told_experiment(
     phases = [{"number": p.number, "coverage": p.coverage, "started_at": p.started_at} for p in experiment.phases]
     known = {"status": experiment.status, "author": experiment.author, "digest": experiment.digest, "phases": phases}
     return describe_design(experiment) | known
+
+
+def _tracking(
+    service: Service,
+    key: str,  # of an experiment
+) -> Any:  # MLflow; None when no model answers in the experiment
+    "Open MLflow if there is anything to look for: it takes seconds."
+    experiment = read_experiment(service.store, key)
+    versions = {a.policy_version for a in experiment.arms}
+    named = [p for p in read_policies(service.store, experiment.policy) if p.version in versions and p.model_name]
+    return service.tracking if named else None
 
 
 def _add_experiments(
@@ -166,7 +177,7 @@ def _add_experiments(
         draft = declared(lambda given: Experiment(**vars(to_design(given))), declaration)
         return told_experiment(carried_out(service, lambda: create_experiment(service.store, draft, actor)))
 
-# %% ../nbs/833_administration.ipynb #833-administration-11
+# %% ../nbs/833_administration.ipynb #833-administration-13
 def _add_experiment_steps(
     router: APIRouter,
     service: Service,
@@ -179,7 +190,7 @@ def _add_experiment_steps(
 
     @router.post("/experiments/{key}/start", summary="Start an experiment.")
     def start(key: Key, asked: Coverage, actor: str = needs("operator")) -> dict[str, Any]:
-        return step(key, lambda: start_experiment(service.store, key, actor, asked.coverage, service.tracking))
+        return step(key, lambda: start_experiment(service.store, key, actor, asked.coverage, _tracking(service, key)))
 
     @router.post("/experiments/{key}/ramp", summary="Serve more of an experiment's arms.")
     def ramp(key: Key, asked: Coverage, actor: str = needs("operator")) -> dict[str, Any]:
@@ -197,9 +208,9 @@ def _add_experiment_steps(
 
     @router.post("/experiments/{key}/stop", summary="End an experiment for good.")
     def stop(key: Key, asked: Reason, actor: str = needs("operator")) -> dict[str, Any]:
-        return step(key, lambda: stop_experiment(service.store, key, actor, asked.reason, service.tracking))
+        return step(key, lambda: stop_experiment(service.store, key, actor, asked.reason, _tracking(service, key)))
 
-# %% ../nbs/833_administration.ipynb #833-administration-13
+# %% ../nbs/833_administration.ipynb #833-administration-15
 def told_rollout(
     rollout: Any,  # from `read_rollout`
 ) -> dict[str, Any]:  # JSON
@@ -228,7 +239,7 @@ def _add_rollouts(
         made = declared(make_plan, plan)
         return told_rollout(carried_out(service, lambda: start_rollout(service.tracking, service.store, made, actor)))
 
-# %% ../nbs/833_administration.ipynb #833-administration-14
+# %% ../nbs/833_administration.ipynb #833-administration-16
 def _add_rollout_steps(
     router: APIRouter,
     service: Service,
@@ -255,7 +266,7 @@ def _add_rollout_steps(
     def abort(key: Key, asked: Reason, actor: str = needs("operator")) -> dict[str, Any]:
         return told_rollout(carried_out(service, lambda: abort_rollout(*about(key), actor, asked.reason)))
 
-# %% ../nbs/833_administration.ipynb #833-administration-16
+# %% ../nbs/833_administration.ipynb #833-administration-18
 def _add_policies(
     router: APIRouter,
     service: Service,
@@ -290,7 +301,7 @@ def _told_version(policy: Any) -> dict[str, Any]:
     known = ("policy", "version", "model_name", "model_version", "settings", "status", "digest", "author")
     return {name: getattr(policy, name) for name in known}
 
-# %% ../nbs/833_administration.ipynb #833-administration-17
+# %% ../nbs/833_administration.ipynb #833-administration-19
 def _add_ledger(
     router: APIRouter,
     service: Service,

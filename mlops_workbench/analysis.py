@@ -19,8 +19,8 @@ import pandas as pd
 from .aggregate import aggregate, read_oddities, read_unit_totals, read_values
 from .core import as_utc, utc_now
 from .design import MetricPlan
+from .exclusion import exposure_problems
 from .experiment import Experiment, read_experiment
-from .exposure import exposure_problems
 from mlops_workbench.findings import (
     Belief,
     Conclusion,

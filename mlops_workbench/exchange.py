@@ -108,7 +108,7 @@ def event_endpoints(
         return Reply(_WRITE(told), code)
 
     event = {"type": "plan_decided", "unit_type": "household", "unit_id": "household-42", "metrics": {"accepted": 1}}
-    event |= {"id": "0196f3a0-0000-7000-8000-000000000001", "event_at": "2026-03-02T08:00:00Z"}
+    event |= {"id": "0196f3a0-0000-5000-8000-000000000001", "event_at": "2026-03-02T08:00:00Z"}
     kept = {201: "It is committed.", 202: "It is on disk: the database is away.", 200: "It was committed before."}
     told = About("Send an event.", SentEvent, Fate, kept, event)
     some = {202: "Some are on disk: the database is away.", 207: "Some were refused.", 422: "All were refused."}

@@ -71,7 +71,7 @@ _EXPOSE = ("later", "now", "no")
 
 
 def read_asked(
-    body: bytes,
+    body: bytes,  # JSON, as it came
 ) -> AskedAssignments:
     "Read a request for assignments, or refuse it."
     asked = read_json(body, _ASKED)

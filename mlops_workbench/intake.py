@@ -150,7 +150,7 @@ class _Wait(NamedTuple):
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future  # gets id → fate, or what went wrong
 
-
+# %% ../nbs/826_intake.ipynb #826-intake-15
 @dataclass
 class Intake:
     "A door for events, with one writer behind it."
@@ -185,7 +185,7 @@ class Intake:
             self._lock.notify()
         self._thread.join()
 
-# %% ../nbs/826_intake.ipynb #826-intake-15
+# %% ../nbs/826_intake.ipynb #826-intake-16
 def _lines(
     events: Sequence[Event],
 ) -> list[Line | str]:
@@ -220,7 +220,7 @@ async def _keep(
             raise Refused(503, told, {"Retry-After": "5"}) from None
     return _fates(intake, items, fates)
 
-# %% ../nbs/826_intake.ipynb #826-intake-16
+# %% ../nbs/826_intake.ipynb #826-intake-17
 def _enter(
     intake: Intake,
     wait: _Wait,
@@ -262,7 +262,7 @@ def _fates(
 _OUTCOMES = {"": "stored", DUPLICATE: "duplicate", SPOOLED: "spooled"}
 _TWICE = "id is the one of an earlier event of the batch: every event has an id of its own"
 
-# %% ../nbs/826_intake.ipynb #826-intake-18
+# %% ../nbs/826_intake.ipynb #826-intake-19
 def _open(
     intake: Intake,
 ) -> Any:
@@ -287,7 +287,7 @@ def _commit(
     make_partitions(intake.store, [line.event_at for line in refused])  # one may have been dropped meanwhile
     return fates | settle_lines(_open(intake), refused)
 
-# %% ../nbs/826_intake.ipynb #826-intake-19
+# %% ../nbs/826_intake.ipynb #826-intake-20
 def _settle(
     intake: Intake,
     lines: Sequence[Line],  # each id once
@@ -322,7 +322,7 @@ def _note(
         log("events.spooled" if error else "events.committed", level="warning" if error else "info", reason=error)
     intake.error = error
 
-# %% ../nbs/826_intake.ipynb #826-intake-20
+# %% ../nbs/826_intake.ipynb #826-intake-21
 def _take(
     intake: Intake,
 ) -> list[_Wait] | None:  # None: it is closed, and nothing waits
@@ -357,7 +357,7 @@ def _answer(
         with suppress(RuntimeError):  # the loop is closed, and with it whoever waited
             loop.call_soon_threadsafe(tell, [wait for wait in group if wait.loop is loop])
 
-# %% ../nbs/826_intake.ipynb #826-intake-21
+# %% ../nbs/826_intake.ipynb #826-intake-22
 def _work(
     intake: Intake,
 ) -> None:

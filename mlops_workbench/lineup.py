@@ -228,6 +228,7 @@ def _follow(
         if version not in keeper._slots and version not in keeper._loading and again:
             keeper._loading[version] = keeper._loader.submit(load_slot, keeper.room, policy)
     faults = {v: told for v, (told, _) in keeper._failed.items() if v in asked}
+    _forgive(keeper, asked)
     before = keeper.lineup
     found = line_up(wanted, keeper._slots, faults, before, keeper.room.policy)
     if found is None or found == before:
@@ -254,6 +255,19 @@ def _let_go(
         keeper._loader.submit(gone.close)
 
 # %% ../nbs/821_lineup.ipynb #821-lineup-24
+_ALERT = "model-does-not-load"
+
+
+def _forgive(
+    keeper: Keeper,
+    asked: Collection[int],  # versions to be loaded
+) -> None:
+    "Forget what did not load and need not."
+    for version in [v for v in keeper._failed if v not in asked]:
+        resolve_alert(keeper._store, _ALERT, {"policy": keeper.room.policy, "version": str(version)})
+        del keeper._failed[version]
+
+
 def _settle(
     keeper: Keeper,
     version: int,
@@ -268,11 +282,9 @@ def _settle(
     if error is None:
         keeper._slots[version] = loaded.result()
         if keeper._failed.pop(version, None):
-            resolve_alert(keeper._store, "model-does-not-load", labels)
+            resolve_alert(keeper._store, _ALERT, labels)
         return
     words = str(error).splitlines()[0] if str(error) else type(error).__name__
     keeper._failed[version] = (("refused" if outcome == "refused" else "broken", words), time.monotonic() + _AGAIN_S)
     told = f"{policy}@{version} does not serve, what served before goes on: {words}"
-    raise_alert(
-        keeper._store, Alert("model-does-not-load", "critical", labels, told, f"workbench rollback {policy} --reason …")
-    )
+    raise_alert(keeper._store, Alert(_ALERT, "critical", labels, told, f"workbench rollback {policy} --reason …"))

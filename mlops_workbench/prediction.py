@@ -28,7 +28,7 @@ from mlops_workbench.decision import (
     tell_decision,
 )
 from .events import Event
-from .exposure import Exposures
+from .gathering import Exposures
 from .lineup import Keeper, Lineup
 from .outcome import Outcome, Placed, ask_slot, fall_back, latency_budget, place
 from .settings import Settings

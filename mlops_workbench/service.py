@@ -19,7 +19,7 @@ from typing import Any
 from .assignment import Assigned
 from .core import WorkbenchError
 from .events import Event
-from .exposure import Exposures
+from .gathering import Exposures
 from .instruments import Instruments
 from .intake import SPOOLED, Intake
 from .keys import Keys
@@ -84,13 +84,10 @@ class Service:
     intake: Intake
     exposures: Exposures  # nobody waits for these
     prompt: Exposures  # somebody waits for these
+    tally: Tally
     predictions: Any = None  # `prediction.Predictions`; None: this service serves no models
     closing: bool = False  # no new work is taken
-    tally: Any = None  # `Tally` of the event loop
     _lock: Any = field(default_factory=Lock, repr=False)
-
-    def __post_init__(self) -> None:
-        self.tally = Tally(self.instruments)
 
     @property
     def settings(self) -> Settings:
@@ -103,10 +100,7 @@ class Service:
         with self._lock:
             return self.__dict__.get("tracking") or open_tracking(self.store, self.settings)
 
-    async def write(
-        self,
-        events: Sequence[Event],
-    ) -> list[str]:  # one an event: '' kept, 'duplicate', or why it was refused
+    async def write(self, events: Sequence[Event]) -> list[str]:  # '' kept, 'duplicate', or why it was refused
         "Take events of our own in; what is safe on disk is kept."
         return ["" if fate == SPOOLED else fate for fate in await self.intake.write(events)]
 
@@ -202,7 +196,7 @@ def open_service(
     intake = Intake(own(), Spool(options.settings.home / "spool"), instruments)
     parts = (Roster(own()), intake, Exposures(own(), "service", 0.1, 2_000, 50_000, retry_s=0.5))
     prompt = Exposures(own(), "service", 0.0, 500, 10_000, retry_s=0.5)
-    service = Service(options, store, Keys(store, options.settings), instruments, *parts, prompt)
+    service = Service(options, store, Keys(store, options.settings), instruments, *parts, prompt, Tally(instruments))
     if options.models:
         service.predictions = _open_predictions(service)
     return service

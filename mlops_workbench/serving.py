@@ -59,7 +59,7 @@ class Health(msgspec.Struct):
     database: str  # 'up' or 'away'
     problems: list[str]
 
-
+# %% ../nbs/835_serving.ipynb #835-serving-06
 def health_endpoints(
     service: Service,
 ) -> tuple[Endpoint, ...]:
@@ -87,7 +87,7 @@ def health_endpoints(
 
 _OPEN = {False: "client", True: ""}
 
-# %% ../nbs/835_serving.ipynb #835-serving-07
+# %% ../nbs/835_serving.ipynb #835-serving-08
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -120,7 +120,7 @@ def _content(
     "Say what a body holds."
     return {"content": {"application/json": {"schema": schema} | ({"example": example} if example else {})}}
 
-# %% ../nbs/835_serving.ipynb #835-serving-08
+# %% ../nbs/835_serving.ipynb #835-serving-09
 def describe_endpoint(
     endpoint: Endpoint,
     schemas: Mapping[Any, Any],  # type → its schema
@@ -142,7 +142,7 @@ def describe_endpoint(
     told["security"] = [{"key": []}] if endpoint.least else []
     return told
 
-# %% ../nbs/835_serving.ipynb #835-serving-09
+# %% ../nbs/835_serving.ipynb #835-serving-10
 def document(
     app: FastAPI,
     endpoints: Sequence[Endpoint],
@@ -165,7 +165,7 @@ def document(
             operation.setdefault("security", [{"key": []}])
     return found
 
-# %% ../nbs/835_serving.ipynb #835-serving-11
+# %% ../nbs/835_serving.ipynb #835-serving-12
 _PUBLIC = frozenset({"/openapi.json", "/docs"})
 
 
@@ -177,7 +177,7 @@ def guard_options(
     chosen, public = service.options, _PUBLIC | {e.path for e in endpoints if not e.least}
     return GuardOptions(service.keys, public, chosen.max_body, calls_per_s=chosen.calls_per_s)
 
-
+# %% ../nbs/835_serving.ipynb #835-serving-13
 class Application(FastAPI):
     "A framework with what stands in front of it."
 
@@ -207,7 +207,7 @@ def build_app(
     service.instruments.set("workbench_build_info", 1, version=app.version)
     return app
 
-
+# %% ../nbs/835_serving.ipynb #835-serving-14
 def _once(
     make: Callable[[], dict[str, Any]],
 ) -> Callable[[], dict[str, Any]]:
@@ -243,7 +243,7 @@ async def _look_after(
         read_health(service)
         await asyncio.sleep(1.0)
 
-# %% ../nbs/835_serving.ipynb #835-serving-13
+# %% ../nbs/835_serving.ipynb #835-serving-16
 @dataclass(frozen=True)
 class Listen:
     "Where and how the service listens."
@@ -255,7 +255,7 @@ class Listen:
     key: Path | None = None  # PEM
     grace_s: int = 30  # that running requests get when the service ends
 
-
+# %% ../nbs/835_serving.ipynb #835-serving-17
 def make_worker(
     options: ServiceOptions,
 ) -> FastAPI:
@@ -270,7 +270,7 @@ def make_worker(
     gc.set_threshold(50_000, 20, 50)
     return app
 
-# %% ../nbs/835_serving.ipynb #835-serving-14
+# %% ../nbs/835_serving.ipynb #835-serving-18
 _PATIENCE_S = 60.0  # for models; a worker that waits longer takes connections and says what it misses
 
 
@@ -304,7 +304,7 @@ def _wait_for_app(
             time.sleep(0.05)
         return app
 
-# %% ../nbs/835_serving.ipynb #835-serving-15
+# %% ../nbs/835_serving.ipynb #835-serving-19
 def server_config(
     options: ServiceOptions,
     listen: Listen,
@@ -331,7 +331,7 @@ def server_config(
         backlog=4_096,
     )
 
-# %% ../nbs/835_serving.ipynb #835-serving-17
+# %% ../nbs/835_serving.ipynb #835-serving-21
 class Supervisor(uvicorn.supervisors.Multiprocess):
     "Keep as many workers alive as were asked for."
 
@@ -351,7 +351,7 @@ class Supervisor(uvicorn.supervisors.Multiprocess):
             self.processes[place] = type(worker)(self.config, self.sockets)
             self.processes[place].start()
 
-# %% ../nbs/835_serving.ipynb #835-serving-18
+# %% ../nbs/835_serving.ipynb #835-serving-22
 def run_service(
     options: ServiceOptions,
     listen: Listen = Listen(),

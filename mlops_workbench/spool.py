@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +146,21 @@ def hand_over(
         if (file := _locked(spool, path)) is None:
             continue
         try:
-            with open(path, encoding="utf-8", newline="\n") as reader:
-                texts = (text[:-1] for text in reader if text.endswith("\n"))
-                while group := [_read_line(text) for _, text in zip(range(n), texts, strict=False)]:
-                    yield group
+            yield from _groups(path, n)
             path.unlink()
             _sync_folder(spool.folder)
         finally:
             if file is spool._file:
                 spool._file = None
             file.close()
+
+
+def _groups(
+    path: Path,
+    n: int,  # lines at a time
+) -> Iterator[list[Line]]:
+    "Read a file's whole lines."
+    with open(path, encoding="utf-8", newline="\n") as reader:
+        texts = (text[:-1] for text in reader if text.endswith("\n"))
+        while group := [_read_line(text) for text in islice(texts, n)]:
+            yield group

@@ -198,8 +198,8 @@ def show(
     from dataclasses import asdict
 
     from mlops_workbench.core import as_utc, utc_now
+    from mlops_workbench.exclusion import exposure_problems
     from mlops_workbench.experiment import read_experiment
-    from mlops_workbench.exposure import exposure_problems
     from mlops_workbench.store import open_store
 
     with open_store(read_settings()) as store:

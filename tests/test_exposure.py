@@ -12,10 +12,11 @@ from datetime import timedelta
 import psycopg
 import pytest
 
-from mlops_workbench import exposure as room
+from mlops_workbench import gathering as room
 from mlops_workbench.assignment import assign
 from mlops_workbench.core import WorkbenchError, as_utc, utc_now
 from mlops_workbench.events import Event, read_events, write_events
+from mlops_workbench.exclusion import exposure_problems
 from mlops_workbench.experiment import (
     Experiment,
     MetricPlan,
@@ -27,7 +28,8 @@ from mlops_workbench.experiment import (
     start_experiment,
     stop_experiment,
 )
-from mlops_workbench.exposure import Exposures, expose, exposure_problems, record_assignments
+from mlops_workbench.exposure import expose, record_assignments
+from mlops_workbench.gathering import Exposures
 from mlops_workbench.store import Store, read_rows, transaction
 
 MONDAY = as_utc("2026-03-02T08:00:00Z")
@@ -122,7 +124,7 @@ DYING = """
 import os, sys, threading
 from mlops_workbench.assignment import assign
 from mlops_workbench.experiment import read_experiment
-from mlops_workbench.exposure import Exposures
+from mlops_workbench.gathering import Exposures
 from mlops_workbench.store import Store
 store = Store(sys.argv[1])
 running, buffer, lock = read_experiment(store, "tone"), Exposures(store, max_group=20), threading.Lock()
@@ -405,7 +407,10 @@ def test_a_buffer_and_a_call_write_the_same(store):
 def test_a_unit_that_cannot_be_named_does_not_hold_up_the_others(store):
     running = started(store)
     with Exposures(store, wait_s=0.2) as buffer:
-        bad = [buffer.add(replace(assign(running, "h1"), unit_id=u), TUESDAY) for u in ("a\x00", "\ud800", "u" * 501, "a\tb")]
+        bad = [
+            buffer.add(replace(assign(running, "h1"), unit_id=u), TUESDAY)
+            for u in ("a\x00", "\ud800", "u" * 501, "a\tb")
+        ]
         good = buffer.add(assign(running, "h\\1"), TUESDAY)
         assert good.result(timeout=30) is None
         for done in bad:

@@ -15,7 +15,7 @@ REFERENCE = range(960, 990)
 
 MODELS = {"adapter", "base", "artifact", "checkpoint", "model", "training", "pretraining"}
 
-WEB = {"administration", "completions", "flags", "guard", "refusal", "scoring", "service", "serving"}
+WEB = {"administration", "completions", "exchange", "flags", "guard", "refusal", "scoring", "service", "serving"}
 
 COMMANDS = {"access", "alarms", "audit", "automation", "commands", "operations", "predicting", "ramping", "readings"}
 COMMANDS |= {"safekeeping", "series", "trials", "upkeep", "visitors", "watching"}

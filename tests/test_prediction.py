@@ -167,6 +167,12 @@ def test_a_model_that_does_not_load_leaves_the_old_one_and_raises_an_alert(bench
     (alert,) = read_alerts(bench.store)
     assert alert.name == "model-does-not-load" and alert.labels == {"policy": "recommender", "version": "2"}
     assert "what served before goes on" in alert.words and "rollback" in alert.run
+    with Keeper(find_keeper(bench.predictions, "recommender").room) as begun:  # a worker that starts now
+        bench.until(lambda: begun.lineup)
+        assert begun.lineup.production == 1 and begun.lineup.find(1)[0]
+    bench.promoted(bench.ranking(3), SLOW)
+    bench.serving(3)
+    bench.until(lambda: not read_alerts(bench.store))  # nobody asks for version 2 any more
 
 
 def test_a_version_without_a_passed_verdict_is_refused(bench):
