@@ -4,17 +4,20 @@
     python -m benchmarks.service --part assignments --workers 2 --seconds 6
     python -m benchmarks.service --part events --seconds 4 --repeat 3
 
-assignments  closed-loop callers on keep-alive connections ask for one unit's variant in one experiment; the empty handler is `async def empty():
-             return {}` in FastAPI under the same uvicorn, worker count, callers and load generator, in turn. Every tenth unit is new, and its
-             exposure is written: a unit asks about ten times during a phase. Further lines, without a bound: no unit is new, and every one is.
-batches      batches of 100 events from a few callers; CPU of the workers alone (user + system, from /proc), rows a second beside `COPY` of the same
-             rows into `exp.events` from one connection, in commits of 1,000.
-singles      one event a request; beside pgbench, which writes one such event into `exp.events` a transaction from as many clients (a psycopg loop where
-             pgbench is missing); the service also writes the id that makes it once only.
+assignments  closed-loop callers on keep-alive connections ask for one unit's variant in one experiment; the empty
+             handler is `async def empty(): return {}` in FastAPI under the same uvicorn, worker count, callers and
+             load generator, in turn. Every tenth unit is new, and its exposure is written: a unit asks about ten
+             times during a phase. Further lines, without a bound: no unit is new, and every one is.
+batches      batches of 100 events from a few callers; CPU of the workers alone (user + system, from /proc), rows a
+             second beside `COPY` of the same rows into `exp.events` from one connection, in commits of 1,000.
+singles      one event a request; beside pgbench, which writes one such event into `exp.events` a transaction from as
+             many clients (a psycopg loop where pgbench is missing); the service also writes the id that makes it once
+             only.
 partial      1 bad event of 100: 207, and 99 are in the table.
-rollback     a policy goes back; how long until each worker serves the other version.
+change       an experiment is paused; how long until no worker assigns by it any more, the slowest of several times.
 
-Wall times are medians of interleaved rounds on a machine that does all of it at once: service, database, load generator. So read the ratios.
+Figures are medians of interleaved rounds on a machine that does all of it at once: service, database, load generator.
+So read the ratios.
 """
 
 import argparse
@@ -44,17 +47,19 @@ from mlops_workbench.experiment import (
     MetricPlan,
     Variant,
     create_experiment,
+    pause_experiment,
     ramp_experiment,
+    resume_experiment,
     start_experiment,
 )
 from mlops_workbench.keys import create_key
 from mlops_workbench.settings import Settings
-from mlops_workbench.store import open_store
+from mlops_workbench.store import Store, open_store
 
 ASSIGNMENTS, TAIL = 0.8, 2.0  # of the empty handler's requests a second; times its p99
 EVENT_CPU_US, BATCH_P99_MS, COPY_SHARE = 40.0, 500.0, 0.6
 COMMIT_SHARE = 0.5
-ROLLBACK_S = 2.0
+CHANGE_S = 2.0
 BAD_OF = 100
 
 
@@ -456,7 +461,32 @@ def part_partial(world, options) -> bool:
     )
 
 
+def part_change(world, options) -> bool:
+    "Until every worker knows of a decision."
+    import httpx
+
+    body, headers = {"unit_id": "household-1", "expose": "no"}, {"authorization": f"Bearer {world.key}"}
+    url, slowest = f"http://127.0.0.1:{world.port}/api/v1/assignments", 0.0
+
+    def answers() -> set[bool]:
+        "Ask on new connections, so that every worker is met: whether the unit got a variant."
+        return {
+            bool(httpx.post(url, json=body, headers=headers).json()["assignments"]) for _ in range(8 * options.workers)
+        }
+
+    with Store(world.url) as store:
+        for _ in range(options.repeat):
+            for decide, expected in ((pause_experiment, {False}), (resume_experiment, {True})):
+                decide(store, "planner_tone", "bench")
+                began = time.perf_counter()
+                while answers() != expected:
+                    time.sleep(0.01)
+                slowest = max(slowest, time.perf_counter() - began)
+    return held(f"a decision reaches every worker within {slowest:.2f} s (bound {CHANGE_S:.0f})", slowest <= CHANGE_S)
+
+
 PARTS = {"assignments": part_assignments, "batches": part_batches, "singles": part_singles, "partial": part_partial}
+PARTS |= {"change": part_change}
 
 
 @dataclass
@@ -527,13 +557,9 @@ def read_options() -> argparse.Namespace:
 
 
 def measure_prediction() -> bool:
-    "Run the other half of the service's measurements, where it is there."
-    try:
-        from benchmarks.prediction import main as prediction
-    except ImportError:
-        return True
+    "Run the other half of the service's measurements, which exits with 1 when a bound was missed."
     print("prediction", flush=True)
-    return not prediction([])
+    return subprocess.run([sys.executable, "-m", "benchmarks.prediction"]).returncode == 0
 
 
 def main() -> int:

@@ -26,8 +26,11 @@ class Model:
 
 async def queued(batcher, n):
     "Wait until `n` items wait."
-    while batcher.n_waiting != n:
+    for _ in range(10_000):
         await asyncio.sleep(0.001)
+        if batcher.n_waiting == n:
+            return
+    raise AssertionError(f"{batcher.n_waiting} items wait, not {n}")
 
 
 def test_every_caller_gets_its_own_answer_from_one_thread():
@@ -60,7 +63,7 @@ def test_what_queued_while_a_batch_ran_is_the_next_batch():
         with Batcher(model.answer, "model", max_batch=32) as batcher:
             model.gate.clear()
             asked = [asyncio.create_task(batcher.ask("first"))]
-            await asyncio.sleep(0.05)  # it was taken
+            await queued(batcher, 0)  # it was taken
             asked += [asyncio.create_task(batcher.ask(i)) for i in range(10)]
             await queued(batcher, 10)
             model.gate.set()
@@ -77,7 +80,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back_and_recovers():
         with Batcher(model.answer, "model", bound=3) as batcher:
             model.gate.clear()
             asked = [asyncio.create_task(batcher.ask("first"))]
-            await asyncio.sleep(0.05)
+            await queued(batcher, 0)
             asked += [asyncio.create_task(batcher.ask(i)) for i in range(3)]
             await queued(batcher, 3)
             with pytest.raises(Full, match="3 requests wait for model, as many as may: try again in 1 s") as full:
@@ -97,7 +100,7 @@ def test_what_is_late_or_was_given_up_is_not_computed():
         with Batcher(model.answer, "model") as batcher:
             model.gate.clear()
             asked = [asyncio.create_task(batcher.ask("first"))]
-            await asyncio.sleep(0.05)
+            await queued(batcher, 0)
             late = asyncio.create_task(batcher.ask("late", time.monotonic() + 0.01))
             given_up = asyncio.create_task(batcher.ask("given up"))
             kept = asyncio.create_task(batcher.ask("kept"))
@@ -120,7 +123,7 @@ def test_closing_answers_what_is_queued_and_then_refuses():
         batcher = Batcher(model.answer, "model", max_batch=2)
         model.gate.clear()
         asked = [asyncio.create_task(batcher.ask(i)) for i in range(9)]
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.02)
         closing = asyncio.create_task(asyncio.to_thread(batcher.close))
         await asyncio.sleep(0.02)
         with pytest.raises(Closed, match="something else answers"):
@@ -139,7 +142,7 @@ def test_a_model_that_hangs_does_not_keep_the_service_from_closing():
         batcher = Batcher(model.answer, "model")
         model.gate.clear()
         asyncio.create_task(batcher.ask("hangs"))
-        await asyncio.sleep(0.05)
+        await queued(batcher, 0)
         ended = batcher.close(timeout_s=0.05)
         model.gate.set()
         return ended
@@ -159,7 +162,7 @@ def test_one_bad_item_fails_alone():
         with Batcher(answer, "model") as batcher:
             model.gate.clear()
             first = asyncio.create_task(batcher.ask("first"))
-            await asyncio.sleep(0.05)
+            await queued(batcher, 0)
             asked = [asyncio.create_task(batcher.ask(i)) for i in ("a", "bad", "b")]
             await queued(batcher, 3)
             model.gate.set()
