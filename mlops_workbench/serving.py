@@ -34,6 +34,7 @@ from .completions import completion_routes
 from .core import WorkbenchError
 from .endpoint import About, Call, Counted, Endpoint, Reply, Shortcuts
 from .exchange import event_endpoints, prediction_endpoints
+from .figures import Figures
 from .flags import KeyInPath, flag_endpoints
 from .guard import Guard, GuardOptions, install_errors
 from .scoring import scoring_routes
@@ -64,6 +65,7 @@ def health_endpoints(
     service: Service,
 ) -> tuple[Endpoint, ...]:
     "Make the endpoints that machines look at."
+    figures = Figures(service.store)
 
     async def alive(_: Call) -> Reply:
         return Reply(b'{"status":"ok"}')
@@ -74,7 +76,7 @@ def health_endpoints(
 
     async def numbers(_: Call) -> Reply:
         read_health(service)
-        body, kind = await asyncio.to_thread(service.instruments.page)
+        body, kind = await asyncio.to_thread(lambda: service.instruments.page(figures.read()))
         return Reply(body, kind=kind.encode())
 
     told = (About("Is this worker alive?", None, Alive), About("Should it be asked?", None, Health, {503: "Not yet."}))

@@ -12,6 +12,7 @@ from datetime import timedelta
 import psycopg
 import pytest
 
+from mlops_workbench import exposure
 from mlops_workbench import gathering as room
 from mlops_workbench.assignment import assign
 from mlops_workbench.core import WorkbenchError, as_utc, utc_now
@@ -197,7 +198,7 @@ def test_an_interrupted_group_is_completed_by_sending_it_again(store, monkeypatc
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room, "write_events", fail)
+    monkeypatch.setattr(exposure, "write_events", fail)
     with pytest.raises(KeyboardInterrupt):
         expose(store, units, TUESDAY)
     monkeypatch.undo()

@@ -240,7 +240,8 @@ def test_machines_may_look_without_a_key_and_at_nothing_else(called):
     assert called("GET", "/readyz", scope="").json() == {"ready": True, "database": "up", "problems": []}
     assert called("GET", "/openapi.json", scope="").status_code == 200
     assert called("GET", "/metrics", scope="").status_code == 401
-    assert b"workbench_database_up 1.0" in called("GET", "/metrics").content
+    page = called("GET", "/metrics").content
+    assert b"workbench_database_up 1.0" in page and b'workbench_alerts_open{severity="critical"} 0.0' in page
     assert called("GET", "/api/v1/experiments", scope="").status_code == 401
 
 
