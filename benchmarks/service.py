@@ -328,7 +328,7 @@ def tell_assignments(share: float, rounds: dict, costs: dict) -> bool:
     tail = {k: statistics.median(r.quantile_ms(0.99) for r in v) for k, v in rounds.items()}
     cost = {k: statistics.median(v) for k, v in costs.items()}
     ratio, slower = rate["ours"] / rate["empty"], tail["ours"] / tail["empty"]
-    told = {s: n for r in rounds["ours"] for s, n in r.statuses.items()}
+    told = {s: sum(r.statuses.get(s, 0) for r in rounds["ours"]) for r in rounds["ours"] for s in r.statuses}
     print(f"  {share:.0%} new units: {rate['ours']:,.0f}/s beside {rate['empty']:,.0f}/s of the empty handler")
     print(f"    p99 {tail['ours']:.1f} ms beside {tail['empty']:.1f} ms, statuses {told}")
     print(f"    CPU of the worker a request: {cost['ours']:.0f} µs beside {cost['empty']:.0f} µs")

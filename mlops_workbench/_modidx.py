@@ -1683,6 +1683,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mlops_workbench.intake._commit': ('intake.html#_commit', 'mlops_workbench/intake.py'),
                                         'mlops_workbench.intake._enter': ('intake.html#_enter', 'mlops_workbench/intake.py'),
                                         'mlops_workbench.intake._fates': ('intake.html#_fates', 'mlops_workbench/intake.py'),
+                                        'mlops_workbench.intake._give_up': ('intake.html#_give_up', 'mlops_workbench/intake.py'),
                                         'mlops_workbench.intake._is_plain': ('intake.html#_is_plain', 'mlops_workbench/intake.py'),
                                         'mlops_workbench.intake._keep': ('intake.html#_keep', 'mlops_workbench/intake.py'),
                                         'mlops_workbench.intake._lines': ('intake.html#_lines', 'mlops_workbench/intake.py'),

@@ -158,6 +158,7 @@ class Intake:
     store: Store
     spool: Spool
     instruments: Any = None  # `instruments.Instruments`; None: nobody counts
+    tally: Any = None  # counts what every request counts; None: nobody does
     bound: int = 50_000  # events that may wait; more are refused
     patience_s: float = 15.0  # longest wait for a commit
     error: str = ""  # why the database does not take events; '' while it does
@@ -210,15 +211,21 @@ async def _keep(
     fates: dict[str, str] = {}
     if lines:
         _enter(intake, _Wait(lines, loop, done))
+        late = loop.call_later(intake.patience_s, _give_up, done)
         try:
-            async with asyncio.timeout(intake.patience_s):
-                fates = await done
-        except TimeoutError:
-            told = (
-                "the database takes too long: nobody knows whether the events are kept, send them again with their ids"
-            )
-            raise Refused(503, told, {"Retry-After": "5"}) from None
+            fates = await done
+        finally:
+            late.cancel()
     return _fates(intake, items, fates)
+
+
+def _give_up(
+    done: asyncio.Future,  # of a caller
+) -> None:
+    "Let a caller wait no longer."
+    if not done.done():
+        told = "the database takes too long: nobody knows whether the events are kept, send them again with their ids"
+        done.set_exception(Refused(503, told, {"Retry-After": "5"}))
 
 # %% ../nbs/826_intake.ipynb #826-intake-17
 def _enter(
@@ -254,8 +261,8 @@ def _fates(
         told.append(fate)
         outcome = _OUTCOMES.get(fate, "refused")
         counts[outcome] = counts.get(outcome, 0) + 1
-    for outcome, n in counts.items() if intake.instruments else ():
-        intake.instruments.add("workbench_events_total", n, outcome=outcome)
+    for outcome, n in counts.items() if intake.tally else ():
+        intake.tally.add("workbench_events_total", ("outcome", outcome), amount=n)
     return told
 
 

@@ -60,10 +60,11 @@ class Tally:
         self,
         name: str,  # of a counter
         *labels: tuple[str, str],  # exactly the counter's
+        amount: float = 1,  # at least 0
     ) -> None:
-        "Count one."
+        "Count."
         key = (name, labels)
-        self._counts[key] = self._counts.get(key, 0) + 1
+        self._counts[key] = self._counts.get(key, 0) + amount
 
     def flush(self) -> None:
         "Hand on what was counted."
@@ -193,10 +194,11 @@ def open_service(
         return Store(store.url)
 
     instruments = Instruments(options.metrics_folder)
-    intake = Intake(own(), Spool(options.settings.home / "spool"), instruments)
-    parts = (Roster(own()), intake, Exposures(own(), "service", 0.1, 2_000, 50_000, retry_s=0.5))
+    tally = Tally(instruments)
+    intake = Intake(own(), Spool(options.settings.home / "spool"), instruments, tally)
+    parts = (Roster(own()), intake, Exposures(own(), "service", 0.1, 500, 50_000, retry_s=0.5))
     prompt = Exposures(own(), "service", 0.0, 500, 10_000, retry_s=0.5)
-    service = Service(options, store, Keys(store, options.settings), instruments, *parts, prompt, Tally(instruments))
+    service = Service(options, store, Keys(store, options.settings), instruments, *parts, prompt, tally)
     if options.models:
         service.predictions = _open_predictions(service)
     return service

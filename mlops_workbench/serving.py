@@ -262,7 +262,7 @@ def make_worker(
     options: ServiceOptions,
 ) -> FastAPI:
     "Make the application of a worker, and wait for the database where it is away: others go on from memory."
-    sys.setswitchinterval(0.001)  # the event loop gets its turn while a writer is busy
+    sys.setswitchinterval(0.0002)  # the event loop gets its turn while a writer is busy
     stop = start_tracing("workbench", service_settings(options.settings).otlp_endpoint, version("mlops_workbench"))
     with _may_end():
         app = _wait_for_app(options)
