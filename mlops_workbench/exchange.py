@@ -17,9 +17,10 @@ from .batching import Closed, Full, Late
 from .core import WorkbenchError, utc_now
 from .decision import Asked
 from .endpoint import About, Call, Endpoint, Reply
-from .intake import DUPLICATE, SPOOLED, read_batch, read_sent
+from .intake import DUPLICATE, SPOOLED
 from .line import Line, check_name
 from .refusal import read_json, refused_by
+from .sent import read_batch, read_sent
 from .service import Service
 from .tokens import Refused
 

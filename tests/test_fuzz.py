@@ -239,7 +239,7 @@ def test_no_operation_answers_without_a_right_key_or_with_too_low_a_scope(world)
     revoke_key(world.store, "gone", "fuzz")
     time.sleep(2)
     wrong = [f"Bearer {old}", f"Bearer {world.keys['admin'][:-1]}", f"Basic {world.keys['admin']}", "Bearer null", None]
-    public, operator, reached = {"/healthz", "/readyz", "/ping", "/openapi.json", "/docs"}, [], []
+    public, operator, reached = {"/healthz", "/readyz", "/ping", "/health", "/openapi.json", "/docs"}, [], []
     operations = [(m, p) for p, methods in world.app.openapi()["paths"].items() for m in methods if p not in public]
     with httpx.Client(base_url=world.url, trust_env=False) as client:
         for i, (method, path) in enumerate(operations):

@@ -13,8 +13,9 @@ import pytest
 
 from mlops_workbench.core import WorkbenchError, new_id, utc_now
 from mlops_workbench.events import Event, read_events
-from mlops_workbench.intake import DUPLICATE, SPOOLED, Intake, read_batch, read_sent
+from mlops_workbench.intake import DUPLICATE, SPOOLED, Intake
 from mlops_workbench.line import Line, open_writer, settle_lines, write_line
+from mlops_workbench.sent import read_batch, read_sent
 from mlops_workbench.spool import Spool, count_spooled, hand_over, spool_lines
 from mlops_workbench.store import Store, read_rows, transaction
 from mlops_workbench.tokens import Refused
@@ -208,7 +209,7 @@ def test_what_a_dead_worker_left_on_disk_is_handed_over_by_another(store, tmp_pa
 import sys, os
 from pathlib import Path
 from mlops_workbench.core import utc_now
-from mlops_workbench.intake import read_sent
+from mlops_workbench.sent import read_sent
 from mlops_workbench.spool import Spool, spool_lines
 body = b'{"type": "plan_decided", "unit_type": "household", "unit_id": "left-%d"}'
 spool_lines(Spool(Path(sys.argv[1])), [read_sent(body % i, utc_now()) for i in range(3)])

@@ -48,7 +48,7 @@ DOORS = {
     "fastapi": WEB,
     "starlette": WEB,
     "uvicorn": WEB,
-    "msgspec": WEB | {"intake", "keys", "prediction"},
+    "msgspec": WEB | {"sent", "keys", "prediction"},
     "jwt": {"tokens"},
     "limits": {"guard"},
     "prometheus_client": {"instruments"},
