@@ -329,10 +329,12 @@ def tabular(world: World, seconds: float, rounds: int) -> bool:
     secret, _ = create_key(world.store, "benchmark", "client", "ana")
     rng, ports = random.Random(1), [free_port() for _ in range(3)]
     contexts = [context(rng) for _ in range(500)]
-    plain = [json.dumps({"dataframe_records": [{"context": json.dumps(c)}]}).encode() for c in contexts]
+    rows = [{"context": json.dumps(c)} for c in contexts]
+    which = {"params": {"policy": "recommender"}}  # the service serves several, MLflow's server one
+    plain = [json.dumps({"dataframe_records": [row]}).encode() for row in rows]
+    named = [json.dumps({"dataframe_records": [row]} | which).encode() for row in rows]
     units = [
-        json.dumps({"dataframe_records": [{"context": json.dumps(c), "unit_id": f"p-{i}"}]}).encode()
-        for i, c in enumerate(contexts)
+        json.dumps({"dataframe_records": [row | {"unit_id": f"p-{i}"}]} | which).encode() for i, row in enumerate(rows)
     ]
     serve = [sys.executable, "-m", "benchmarks.prediction", "--serve", str(ports[2]), "--home", str(world.folder)]
     serve += ["--url", world.store.url]
@@ -344,7 +346,7 @@ def tabular(world: World, seconds: float, rounds: int) -> bool:
         asked = {
             "bare handler": (ports[0], "", plain),
             "mlflow models serve": (ports[1], "", plain),
-            "service": (ports[2], secret, plain),
+            "service": (ports[2], secret, named),
             "service, whole path with its event": (ports[2], secret, units),
         }
         rates = {name: [] for name in asked}

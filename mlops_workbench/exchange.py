@@ -94,7 +94,7 @@ def event_endpoints(
 
     async def one(call: Call) -> Reply:
         try:
-            line = read_sent(call.body, utc_now())
+            line = read_sent(call.body, utc_now(), sender=call.caller.name)
         except ValueError as error:
             raise Refused(422, str(error)) from None
         (fate,) = await service.intake.keep([line])
@@ -104,7 +104,7 @@ def event_endpoints(
         return Reply(_WRITE(Fate(line.id, status)), _CODES[status])
 
     async def many(call: Call) -> Reply:
-        items = read_batch(call.body, utc_now())
+        items = read_batch(call.body, utc_now(), call.caller.name)
         code, told = tell_fates(items, await service.intake.keep(items))
         return Reply(_WRITE(told), code)
 

@@ -61,7 +61,7 @@ class Assignments(msgspec.Struct):
     unit_type: str
     assignments: list[Given]
     skipped: list[Skipped]
-    exposed: bool = True  # False: not every exposure is written yet
+    exposed: bool = True  # False: not every exposure could be taken, or is committed where that was asked for
 
 # %% ../nbs/832_flags.ipynb #832-flags-07
 _ASKED = msgspec.json.Decoder(AskedAssignments)

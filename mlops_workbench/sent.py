@@ -66,10 +66,23 @@ def _read_odd(
     return write_line(Event(**named, **parts, id=read_id(sent.id or new_id()), event_at=sent.event_at or now), now)
 
 # %% ../nbs/824_sent.ipynb #824-sent-07
+def _with_source(
+    context: str,  # JSON of an object
+    sender: str,
+    comma: bool,  # it has members
+) -> str:
+    "Name the sender last, where it counts."
+    return f'{context.rstrip()[:-1]}{"," if comma else ""}"source":{_WRITE(sender).decode()}}}'
+
+
+_WRITE = msgspec.json.Encoder().encode
+
+# %% ../nbs/824_sent.ipynb #824-sent-08
 def read_sent(
     data: bytes,  # JSON of one event
     now: datetime,  # UTC; when it was received
     received: str = "",  # the same as text, where many are read at once
+    sender: str = "",  # the source of an event that names none; '' leaves it without
 ) -> Line:
     "Read an event that an application sent, or say with a ValueError what is wrong with it."
     try:
@@ -77,6 +90,9 @@ def read_sent(
         parts = [str(raw, "utf-8") for raw in (sent.experiments, sent.context, sent.metrics, sent.payload)]
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"the event does not fit: {error}") from None
+    if sender and read.context.get("source") is None:
+        parts[1] = _with_source(parts[1], sender, comma=bool(read.context))
+        read.context["source"] = sender
     if not _is_plain(data):
         return _read_odd(sent, read, now)
     if "source" in read.context:
@@ -90,7 +106,7 @@ def read_sent(
     at = check_time(sent.event_at, now) if sent.event_at else now
     return make_line([read_id(sent.id) if sent.id else new_id(), *names], parts, at, received or now.isoformat())
 
-# %% ../nbs/824_sent.ipynb #824-sent-11
+# %% ../nbs/824_sent.ipynb #824-sent-13
 class Batch(msgspec.Struct):
     "A batch as an application sends it."
 
@@ -104,6 +120,7 @@ MOST = 10_000  # events in one request
 def read_batch(
     body: bytes,  # JSON
     now: datetime,  # UTC; when it was received
+    sender: str = "",  # the source of events that name none
 ) -> list[Line | str]:  # a text says what is wrong with the event
     "Read a batch."
     sent = read_json(body, _BATCH, max_depth=len(body)).events
@@ -112,7 +129,7 @@ def read_batch(
     found, received = [], now.isoformat()
     for data in sent:
         try:
-            found.append(read_sent(bytes(data), now, received))
+            found.append(read_sent(bytes(data), now, received, sender))
         except ValueError as error:
             found.append(str(error))
     return found

@@ -196,7 +196,7 @@ def open_service(
     instruments = Instruments(options.metrics_folder)
     tally = Tally(instruments)
     intake = Intake(own(), Spool(options.settings.home / "spool"), instruments, tally)
-    parts = (Roster(own()), intake, Exposures(own(), "service", 0.1, 500, 50_000, retry_s=0.5))
+    parts = (Roster(own()), intake, Exposures(own(), "service", 0.25, 500, 50_000, retry_s=0.5))
     prompt = Exposures(own(), "service", 0.0, 500, 10_000, retry_s=0.5)
     service = Service(options, store, Keys(store, options.settings), instruments, *parts, prompt, tally)
     if options.models:
