@@ -713,6 +713,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'mlops_workbench/composition.py'),
                                              'mlops_workbench.composition._workbench': ( 'composition.html#_workbench',
                                                                                          'mlops_workbench/composition.py'),
+                                             'mlops_workbench.composition.alertmanager_config': ( 'composition.html#alertmanager_config',
+                                                                                                  'mlops_workbench/composition.py'),
                                              'mlops_workbench.composition.as_yaml': ( 'composition.html#as_yaml',
                                                                                       'mlops_workbench/composition.py'),
                                              'mlops_workbench.composition.composition': ( 'composition.html#composition',

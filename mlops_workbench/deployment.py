@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlops_workbench.composition import (
+    alertmanager_config,
     as_yaml,
     composition,
     grafana_boards,
@@ -35,8 +36,12 @@ One machine:
     cp deploy/.env.example deploy/.env      # and fill it in
     docker compose --env-file deploy/.env -f deploy/compose.yaml up --build
 
-The service answers on port {port}; MLflow (5000), Prometheus (9090), Grafana (3000) and the artefact store (9001)
-answer on this machine only.
+The service answers on port {port}; MLflow (5000), Prometheus (9090), Alertmanager (9093), Grafana (3000) and the artefact
+store (9001) answer on this machine only. Numbers and alerts need a key each; make them once, write them into deploy/.env
+as METRICS_KEY and ALERTS_KEY, and call `up` again:
+
+    docker compose --env-file deploy/.env -f deploy/compose.yaml exec service workbench keys create prometheus --scope client
+    docker compose --env-file deploy/.env -f deploy/compose.yaml exec service workbench keys create alertmanager --scope operator
 
 Kubernetes: build and push the image, make the secrets, apply the files.
 
@@ -46,6 +51,9 @@ Kubernetes: build and push the image, make the secrets, apply the files.
     kubectl -n mlops-workbench create secret generic mlops-workbench-storage \\
         --from-literal=AWS_ACCESS_KEY_ID=… --from-literal=AWS_SECRET_ACCESS_KEY=…
     kubectl -n mlops-workbench apply -f deploy/kubernetes
+
+Prometheus finds the pods by their annotations; its scrape needs such a key too (`authorization`), and an Alertmanager
+brings alerts back with the `webhook_configs` of deploy/alertmanager.yml.
 
 Terraform does the same with `terraform -chdir=deploy/terraform apply`, given `image`, `secrets` and `storage`.
 
@@ -83,6 +91,7 @@ def plan_deployment(
         "compose.yaml": as_yaml(composition(target)),
         ".env.example": variables_example(target),
         "prometheus.yml": as_yaml(prometheus_config(target)),
+        "alertmanager.yml": as_yaml(alertmanager_config(target)),
         "grafana.yaml": as_yaml(grafana_source()),
         "grafana-boards.yaml": as_yaml(grafana_boards()),
         "terraform/main.tf": terraform_module(target),

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import tomllib
 from dataclasses import fields
 from importlib.resources import files
@@ -20,7 +21,7 @@ from mlops_workbench.deployment import lint_deployment, plan_deployment, read_di
 from mlops_workbench.inspection import compose_faults, manifest_faults, read_objects, read_recipe, recipe_faults
 from mlops_workbench.manifest import manifests
 from mlops_workbench.settings import Settings
-from mlops_workbench.target import COMMANDS, Target, dockerfile, read_target
+from mlops_workbench.target import ALERTED, COMMANDS, Target, dockerfile, read_target
 from mlops_workbench.wiring import Wiring, service_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +77,28 @@ def test_everything_that_was_promised_runs_on_one_machine():
     assert asked <= set(yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"])
 
 
+@pytest.mark.parametrize(
+    ("tool", "command", "name"),
+    [
+        ("promtool", ["check", "config", "--syntax-only"], "prometheus.yml"),
+        ("amtool", ["check-config"], "alertmanager.yml"),
+    ],
+)
+def test_who_watches_takes_its_file(tool, command, name):
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} is not installed")
+    assert subprocess.run([tool, *command, DEPLOY / name], capture_output=True).returncode == 0
+
+
+def test_who_watches_shows_a_key():
+    said = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    for service, name in (("prometheus", "metrics_key"), ("alertmanager", "alerts_key")):
+        assert said["services"][service]["secrets"] == [name]
+        assert f"credentials_file: /run/secrets/{name}" in (DEPLOY / f"{service}.yml").read_text()
+        assert said["secrets"][name] == {"environment": name.upper()}
+        assert f"\n{name.upper()}=\n" in (DEPLOY / ".env.example").read_text()
+
+
 def test_terraform_can_be_parsed_and_asks_for_every_secret():
     found = hcl2.loads((DEPLOY / "terraform" / "main.tf").read_text())
     text = json.dumps(found)
@@ -116,6 +139,10 @@ def test_the_probes_are_routes_of_the_service():
     container = manifests(TARGET)["service"][0]["spec"]["template"]["spec"]["containers"][0]
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert f'"{container[probe]["httpGet"]["path"]}"' in source
+    administration = (ROOT / "mlops_workbench" / "administration.py").read_text()
+    assert (
+        'prefix="/api/v1"' in administration and f'@router.post("{ALERTED.removeprefix("/api/v1")}"' in administration
+    )
 
 
 def test_the_recipe_installs_extras_that_exist():

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -247,10 +248,20 @@ def test_a_growthbook_client_in_python_gets_our_variants_and_reports_its_exposur
     assert len(read_events(served.store, "exposure")) == len(seen)
 
 
-def test_a_growthbook_client_in_javascript_gets_our_variants(served):
-    node = shutil.which("node")
-    if not node or subprocess.run([node, "-e", "require('@growthbook/growthbook')"], capture_output=True).returncode:
-        pytest.skip("no node, or no package: npm install @growthbook/growthbook, and set NODE_PATH")
+@pytest.fixture(scope="module")
+def node_modules(tmp_path_factory):
+    "GrowthBook's SDK as npm installs it."
+    folder = tmp_path_factory.mktemp("node")
+    if not shutil.which("node") or not shutil.which("npm"):
+        pytest.skip("no node or no npm: install them to try GrowthBook's SDK in JavaScript")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), "@growthbook/growthbook@1.8.0"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if told.returncode:
+        pytest.skip(f"npm cannot install GrowthBook's SDK here: {told.stderr.strip().splitlines()[-1:]}")
+    return folder / "node_modules"
+
+
+def test_a_growthbook_client_in_javascript_gets_our_variants(served, node_modules):
     code = """
 const { GrowthBook } = require("@growthbook/growthbook");
 (async () => {
@@ -265,8 +276,9 @@ const { GrowthBook } = require("@growthbook/growthbook");
   console.log(JSON.stringify(told));
 })();
 """
-    command = [node, "-e", code, served.url, served.key, json.dumps(UNITS)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    command = ["node", "-e", code, served.url, served.key, json.dumps(UNITS)]
+    found = os.environ | {"NODE_PATH": str(node_modules)}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=found)
     told = json.loads(answer.stdout)
     assert told == {u: assign(served.running, u, {"country": "NL"}).variant for u in UNITS}
 
