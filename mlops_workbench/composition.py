@@ -145,6 +145,18 @@ def _database() -> dict[str, Any]:
     }
 
 # %% ../nbs/874_composition.ipynb #874-composition-16
+def _alertmanager() -> dict[str, Any]:
+    "Describe who brings alerts back to the service."
+    return {
+        "image": IMAGES["alertmanager"],
+        "command": ["--config.file=/etc/alertmanager/alertmanager.yml", "--storage.path=/alertmanager"],
+        "volumes": ["./alertmanager.yml:/etc/alertmanager/alertmanager.yml:ro"],
+        "secrets": [ALERTS],
+        "ports": ["127.0.0.1:9093:9093"],
+        "restart": "unless-stopped",
+    }
+
+# %% ../nbs/874_composition.ipynb #874-composition-17
 def _watchers() -> dict[str, Any]:
     "Describe those who watch."
     prometheus = {
@@ -158,14 +170,6 @@ def _watchers() -> dict[str, Any]:
         "secrets": [METRICS],
         "ports": ["127.0.0.1:9090:9090"],
         "depends_on": {"service": {"condition": "service_healthy"}},
-        "restart": "unless-stopped",
-    }
-    alertmanager = {
-        "image": IMAGES["alertmanager"],
-        "command": ["--config.file=/etc/alertmanager/alertmanager.yml", "--storage.path=/alertmanager"],
-        "volumes": ["./alertmanager.yml:/etc/alertmanager/alertmanager.yml:ro"],
-        "secrets": [ALERTS],
-        "ports": ["127.0.0.1:9093:9093"],
         "restart": "unless-stopped",
     }
     grafana = {
@@ -183,9 +187,9 @@ def _watchers() -> dict[str, Any]:
         "depends_on": ["prometheus"],
         "restart": "unless-stopped",
     }
-    return {"prometheus": prometheus, "alertmanager": alertmanager, "grafana": grafana}
+    return {"prometheus": prometheus, "alertmanager": _alertmanager(), "grafana": grafana}
 
-# %% ../nbs/874_composition.ipynb #874-composition-17
+# %% ../nbs/874_composition.ipynb #874-composition-18
 def _store(
     target: Target,
 ) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def _store(
     bucket = {"image": IMAGES["bucket"], "entrypoint": ["sh", "-c", make], "environment": secret}
     return {"minio": minio, "bucket": bucket | {"depends_on": {"minio": {"condition": "service_healthy"}}}}
 
-# %% ../nbs/874_composition.ipynb #874-composition-18
+# %% ../nbs/874_composition.ipynb #874-composition-19
 def composition(
     target: Target,
 ) -> dict[str, Any]:  # what the compose file says
@@ -233,7 +237,7 @@ def variables_example(
         ]
     )
 
-# %% ../nbs/874_composition.ipynb #874-composition-20
+# %% ../nbs/874_composition.ipynb #874-composition-21
 def prometheus_config(
     target: Target,
 ) -> dict[str, Any]:
@@ -263,7 +267,7 @@ def alertmanager_config(
     route = {"receiver": "workbench", "group_by": ["alertname", "policy"]} | times
     return {"route": route, "receivers": [{"name": "workbench", "webhook_configs": [hook]}]}
 
-
+# %% ../nbs/874_composition.ipynb #874-composition-22
 def grafana_source() -> dict[str, Any]:
     "Tell Grafana where Prometheus is."
     source = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from .adapter import Bases
 from .assignment import Assigned
-from .batching import Batcher, Closed, Full
+from .batching import Batcher, Closed, Full, Late
 from .core import WorkbenchError, as_utc, nearest, utc_now
 from mlops_workbench.decision import (
     Answered,
@@ -165,6 +165,9 @@ def _discover(predictions: Predictions) -> None:
         predictions._stopping.wait(1.0)
 
 # %% ../nbs/823_prediction.ipynb #823-prediction-13
+_PATIENCE_S = 5.0  # for features: without them not even the fallback can answer
+
+
 def _read(
     task: Task,
     store: Store,
@@ -188,7 +191,11 @@ async def read_features(
         return asked.context
     if not asked.unit_id:
         raise ValueError(f"the request names no {task.unit_type}: pass its id, features are looked up by it")
-    found = await predictions._readers[task.name].ask((asked.unit_id, at, asked.context))
+    asking = predictions._readers[task.name].ask((asked.unit_id, at, asked.context))
+    try:
+        found = await asyncio.wait_for(asking, _PATIENCE_S)
+    except TimeoutError:
+        raise Late(f"the features of {task.name} take over {_PATIENCE_S:g} s: the database is slow") from None
     if isinstance(found, Exception):
         raise found
     return found
@@ -204,7 +211,7 @@ async def _decide(
     "Find who answers and have it answer."
     while True:
         if (lineup := keeper.lineup) is None:
-            raise WorkbenchError(f"policy {keeper.room.policy!r} is being loaded: try again in a second")
+            raise Late(f"policy {keeper.room.policy!r} is being loaded: try again in a second")
         placed = place(lineup, asked)
         slot, why = lineup.find(placed.version)
         if slot is None and asked.force is not None:

@@ -222,10 +222,13 @@ def read_sources(
     store: Store,
     unit_type: str,  # such as 'household'
     window: Window,
+    told: bool = False,  # only decisions whose events tell their context, instead of all events
 ) -> dict[str, int]:  # source → events, the busiest first
     "Count who sent events in a window."
-    sql = """SELECT coalesce(source, '') AS source, count(*) AS n FROM exp.events
-             WHERE unit_type = %s AND event_at >= %s AND event_at < %s GROUP BY 1 ORDER BY 2 DESC, 1"""
+    decisions = "AND type <> 'shadow' AND jsonb_typeof(coalesce(payload -> 'context', payload -> 'request')) = 'object'"
+    sql = f"""SELECT coalesce(source, '') AS source, count(*) AS n FROM exp.events
+              WHERE unit_type = %s AND event_at >= %s AND event_at < %s {decisions if told else ""}
+              GROUP BY 1 ORDER BY 2 DESC, 1"""
     with transaction(store) as connection:
         return {r["source"]: r["n"] for r in read_rows(connection, sql, (unit_type, window.since, window.until))}
 

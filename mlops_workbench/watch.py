@@ -31,6 +31,7 @@ from mlops_workbench.quality import (
     read_measured,
     read_promises,
     read_served_since,
+    read_sources,
     read_told,
     score_served,
 )
@@ -50,7 +51,7 @@ class MonitorOptions:
     until: datetime | None = None  # aware; None: now
     window_days: float = 7.0  # in (0, ∞)
     reference: str = ""  # dataset version; empty: the one of the model in production, else the newest
-    source: str = ""  # whose decisions; empty: that of the reference
+    source: str = ""  # whose decisions; empty: that of the reference, or whoever asks in its place
     task: str = ""  # module; empty: the one the policy was promoted or run with
     plan: DriftPlan = field(default_factory=DriftPlan)
     run: Run | None = None  # that the page is kept with; None: one of its own
@@ -128,7 +129,19 @@ def _sample(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows if len(rows) <= _ROWS else rows.sample(_ROWS, random_state=0).sort_values("decided_at")
     return rows.reset_index(drop=True)
 
-# %% ../nbs/842_watch.ipynb #842-watch-10
+# %% ../nbs/842_watch.ipynb #842-watch-11
+def _choose_source(
+    store: Store,
+    task: Task,
+    trained_on: str,  # source of the reference
+    window: Window,
+) -> str:  # whose decisions are looked at
+    "Name the source of the reference, or the busiest one where that has been silent for long."
+    lately = read_sources(store, task.unit_type, Window(window.since - window.length, window.until), told=True)
+    now = read_sources(store, task.unit_type, window, told=True)
+    return trained_on if trained_on in lately or not now else next(iter(now))
+
+# %% ../nbs/842_watch.ipynb #842-watch-12
 def gather(
     places: tuple[Store, Tracking, Settings],
     policy: str,  # the task's name
@@ -148,7 +161,7 @@ def gather(
         raise WorkbenchError(
             f"{told}, at least {options.plan.min_rows} are needed: move the window or name another dataset"
         )
-    source = options.source or dataset.source
+    source = options.source or _choose_source(store, task, dataset.source, window)
     known = read_decisions(store, task, source, now)
     then = read_decisions(store, task, source, now - window.length)
     maturity = read_maturity(known["decided_at"], then["decided_at"], window)
@@ -161,7 +174,7 @@ def gather(
     rest = (maturity, read_served_since(store, policy), known)
     return Scene(task, module, version, source, window, now, options.plan, *sides, *rest)
 
-# %% ../nbs/842_watch.ipynb #842-watch-12
+# %% ../nbs/842_watch.ipynb #842-watch-14
 class Tested(NamedTuple):
     "A column with the rows that it is tested on."
 
@@ -194,7 +207,7 @@ def _tested(
         for name, (a, b) in pairs.items()
     ]
 
-# %% ../nbs/842_watch.ipynb #842-watch-13
+# %% ../nbs/842_watch.ipynb #842-watch-15
 class Part(NamedTuple):
     "One part of the decisions, laid out; what is broken is left out."
 
@@ -222,7 +235,7 @@ def _part(
     broken = {fault.name for fault in faults if fault.breaks}
     return Part([s for s in shapes if s.name not in broken], columns, faults)
 
-# %% ../nbs/842_watch.ipynb #842-watch-15
+# %% ../nbs/842_watch.ipynb #842-watch-17
 def _judged(scene: Scene) -> pd.DataFrame:
     "Take the decisions whose labels are complete."
     until = scene.maturity.until
@@ -249,7 +262,7 @@ def _predictions(scene: Scene) -> tuple[pd.DataFrame | None, str]:  # rows to co
         f"answers are not compared: only {len(own)} before the window are of the version that serves since {since:%Y-%m-%d}",
     )
 
-# %% ../nbs/842_watch.ipynb #842-watch-16
+# %% ../nbs/842_watch.ipynb #842-watch-18
 class Decisions(NamedTuple):
     "What is tested about decisions."
 
@@ -284,7 +297,7 @@ def decision_tests(
         notes.append(f"quality is not judged: {len(judged)} decisions have complete labels, {least} are needed")
     return Decisions(tests, faults, notes, context.shapes)
 
-# %% ../nbs/842_watch.ipynb #842-watch-17
+# %% ../nbs/842_watch.ipynb #842-watch-19
 def system_tests(
     store: Store,
     scene: Scene,
@@ -319,7 +332,7 @@ def promise_tests(
         found[metric.name] = judge_promise(metric, offline[metric.name], online)
     return found
 
-# %% ../nbs/842_watch.ipynb #842-watch-18
+# %% ../nbs/842_watch.ipynb #842-watch-20
 def read_cuts(
     tested: Tested,
     scene: Scene,
