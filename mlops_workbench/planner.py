@@ -32,7 +32,7 @@ from .kitchen import behave, erase_household, write_simulation, write_visitors
 from .metrics import Metric, edit_distance, jaccard
 from .settings import Settings
 from .store import Store, read_table, transaction
-from .task import Choice, Criterion
+from .task import Choice, Criterion, Known
 
 # %% ../nbs/975_planner.ipynb #975-planner-06
 def violations(
@@ -182,7 +182,8 @@ REQUEST = FeatureSet(
            h.allergies::text AS allergies, h.likes::text AS likes, p.items::text AS pantry,
            COALESCE(jsonb_path_query_array(d.plan, '$[last - 2 to last]'), '[]')::text AS recent,
            CASE WHEN extract(month FROM spine.as_of AT TIME ZONE 'UTC') BETWEEN 4 AND 9
-                THEN 'warm' ELSE 'cold' END AS season
+                THEN 'warm' ELSE 'cold' END AS season,
+           p.valid_from AS pantry_at
     FROM spine
     LEFT JOIN exp.households h ON h.household_id = spine.unit_id AND h.valid_from <= spine.as_of
          AND (h.valid_until IS NULL OR spine.as_of < h.valid_until)
@@ -195,7 +196,7 @@ REQUEST = FeatureSet(
         ORDER BY e.event_at DESC, e.id LIMIT 1
     ) d ON true
     """,
-    ("size", "diet", "budget", "minutes", "allergies", "likes", "pantry", "recent", "season"),
+    ("size", "diet", "budget", "minutes", "allergies", "likes", "pantry", "recent", "season", "pantry_at"),
 )
 
 # %% ../nbs/975_planner.ipynb #975-planner-33
@@ -255,14 +256,14 @@ def read_context(
     unit_id: str,  # household
     at: datetime,  # aware; when the plan is asked for
     request: Mapping,  # not needed: all that is known of a household is in the store
-) -> dict:  # a whole context
+) -> Known:  # a whole context, and since when the pantry is known
     "Compute what is known of a household."
     with transaction(store) as connection:
         features = compute_row(connection, REQUEST, unit_id, unit_id, at)
     if missing := [key for key in ("size", "pantry") if features[key] is None]:
         what = " and ".join({"size": "attributes", "pantry": "pantry"}[key] for key in missing)
         raise LookupError(f"household {unit_id!r} has no {what} at {at.isoformat()}: write them before asking")
-    return _context(features | {"row_id": unit_id})
+    return Known(_context(features | {"row_id": unit_id}), known_at=features["pantry_at"])
 
 
 def tell_decision(

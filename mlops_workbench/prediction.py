@@ -198,6 +198,10 @@ async def read_features(
         raise Late(f"the features of {task.name} take over {_PATIENCE_S:g} s: the database is slow") from None
     if isinstance(found, Exception):
         raise found
+    since = getattr(found, "known_at", None)
+    if since is not None and predictions.instruments:
+        age = max(0.0, (at - since).total_seconds())
+        predictions.instruments.observe("workbench_feature_age_seconds", age, policy=task.name)
     return found
 
 # %% ../nbs/823_prediction.ipynb #823-prediction-15

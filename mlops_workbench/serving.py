@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Alive', 'Health', 'health_endpoints', 'describe_endpoint', 'document', 'guard_options', 'Application', 'build_app',
-           'Listen', 'make_worker', 'server_config', 'Supervisor', 'run_service']
+           'Listen', 'make_worker', 'Impatient', 'server_config', 'Supervisor', 'run_service']
 
 # %% ../nbs/848_serving.ipynb #848-serving-03
 import asyncio
@@ -28,6 +28,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.routing import Route
 from uvicorn.config import STARTUP_FAILURE
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .administration import administration_router
 from .completions import completion_routes
@@ -307,7 +308,35 @@ def _wait_for_app(
             time.sleep(0.05)
         return app
 
-# %% ../nbs/848_serving.ipynb #848-serving-19
+# %% ../nbs/848_serving.ipynb #848-serving-20
+class Impatient(HttpToolsProtocol):
+    "Hang up on whoever is late with the head of a request."
+
+    patience_s = 15.0  # from the connection, or a request's first byte, to the end of its head
+    _late: asyncio.TimerHandle | None = None
+
+    def _wait(self, seconds: float | None) -> None:  # None: no longer
+        if self._late is not None:
+            self._late.cancel()
+        self._late = seconds and self.loop.call_later(seconds, self.transport.close)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._wait(self.patience_s)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._wait(self.patience_s)
+
+    def on_headers_complete(self) -> None:
+        self._wait(None)
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait(None)
+        super().connection_lost(exc)
+
+# %% ../nbs/848_serving.ipynb #848-serving-21
 def server_config(
     options: ServiceOptions,
     listen: Listen,
@@ -320,7 +349,7 @@ def server_config(
         port=listen.port,
         workers=listen.workers,
         loop="uvloop",
-        http="httptools",
+        http=Impatient,
         ws="none",
         lifespan="on",
         log_config=None,  # `take_logging` has it
@@ -335,7 +364,7 @@ def server_config(
         backlog=4_096,
     )
 
-# %% ../nbs/848_serving.ipynb #848-serving-21
+# %% ../nbs/848_serving.ipynb #848-serving-23
 class Supervisor(uvicorn.supervisors.Multiprocess):
     "Keep as many workers alive as were asked for."
 
@@ -355,7 +384,7 @@ class Supervisor(uvicorn.supervisors.Multiprocess):
             self.processes[place] = type(worker)(self.config, self.sockets)
             self.processes[place].start()
 
-# %% ../nbs/848_serving.ipynb #848-serving-22
+# %% ../nbs/848_serving.ipynb #848-serving-24
 def run_service(
     options: ServiceOptions,
     listen: Listen = Listen(),

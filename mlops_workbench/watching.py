@@ -40,7 +40,9 @@ def monitor(
     until: Annotated[str, typer.Option(help="End of the window; empty: now.")] = "",
     days: Annotated[float, typer.Option(help="Length of the window where --since is not given.")] = 7.0,
     reference: Annotated[str, typer.Option(help="Dataset version; empty: the one of the model in production.")] = "",
-    source: Annotated[str, typer.Option(help="Whose decisions; empty: that of the reference, or of who asks in its place.")] = "",
+    source: Annotated[
+        str, typer.Option(help="Whose decisions; empty: of the reference, or of who asks in its place.")
+    ] = "",
     task: Annotated[str, typer.Option(help="Module of the task; empty: the one that is recorded.")] = "",
     html: Annotated[Path | None, typer.Option(help="Write the page there too.")] = None,
     json_: Json = False,

@@ -131,6 +131,21 @@ def test_a_window_without_decisions_is_broken_and_says_who_sends_instead(bakery)
     assert not few.broken and "too few to be judged" in few.words
 
 
+def test_who_asks_now_is_followed_where_the_source_of_the_reference_fell_silent_long_ago(bakery):
+    def ask(source, on):
+        asked = {"context": {"warmth": 20.0, "flour": "rye"}}
+        write_events(bakery.store, [Event("asked", "device", "shop-1", day(on), asked, context={"source": source})])
+
+    ask("till", "2026-02-17")
+    ask("till", "2026-02-18")
+    ask("kiosk", "2026-02-18")
+    assert bakery.gather("2026-02-23").source == "till"
+    assert bakery.gather("2026-02-23", source="kiosk").source == "kiosk"
+    assert bakery.gather("2026-02-16").source == "shops", "nobody asked then"
+    ask("shops", "2026-02-10")
+    assert bakery.gather("2026-02-23").source == "shops", "it was there a week ago: a feed that broke"
+
+
 def test_features_do_not_wait_for_labels(bakery):
     bakery.delay = timedelta(days=14)
     rng = np.random.default_rng(2)

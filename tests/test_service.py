@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from typer.testing import CliRunner
 
 from mlops_workbench.core import new_id, utc_now
@@ -25,7 +26,7 @@ from mlops_workbench.keys import create_key
 from mlops_workbench.ledger import read_ledger
 from mlops_workbench.operations import app as operations
 from mlops_workbench.service import ServiceOptions
-from mlops_workbench.serving import build_app
+from mlops_workbench.serving import Impatient, build_app
 from mlops_workbench.settings import Settings
 from mlops_workbench.store import transaction
 
@@ -205,6 +206,33 @@ def test_tls_files_are_used(store, tmp_path):
         assert answer.status_code == 200 and answer.headers["strict-transport-security"]
 
 
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nhost: x\r\n", b"GET / HTTP/1.1\r\nx: 1\r\n\r\nGET"])
+def test_whoever_is_late_with_the_head_of_a_request_is_hung_up_on(said):
+    class Hasty(Impatient):
+        patience_s = 0.3
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    server = uvicorn.Server(uvicorn.Config(answer, port=0, http=Hasty, lifespan="off", log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    address = server.servers[0].sockets[0].getsockname()
+    with socket.create_connection(address, timeout=20) as late:
+        late.sendall(said)
+        heard = b"".join(iter(lambda: late.recv(65_536), b""))
+    assert heard.count(b"HTTP/1.1 204") == said.count(b"\r\n\r\n")
+    with httpx.Client(base_url=f"http://127.0.0.1:{address[1]}") as kept:
+        assert kept.get("/").status_code == 204
+        time.sleep(0.6)  # a connection that rests between two requests is not late
+        line = kept._transport._pool.connections
+        assert kept.get("/").status_code == 204 and len(line) == 1 and not line[0].is_closed()
+    server.should_exit = True
+    thread.join(20)
+
+
 # In this process
 
 
@@ -338,6 +366,36 @@ def test_what_cannot_be_done_is_said_in_one_line(called):
         assert answer.status_code == expected, (path, body, answer.text)
         told = answer.json()["error"]
         assert told["message"] and "\n" not in told["message"] and "Traceback" not in answer.text
+
+
+def test_alerts_are_received_listed_and_taken(called):
+    about = {"labels": {"alertname": "TargetDown", "severity": "page"}, "annotations": {"summary": "no answer"}}
+    sent = {"status": "firing", "fingerprint": "a1", "startsAt": utc_now().isoformat()} | about
+    message = {"version": "4", "alerts": [sent]}
+    assert called("POST", "/api/v1/alerts", message).status_code == 403
+    assert called("POST", "/api/v1/alerts", message, "operator").json()["n_new"] == 1
+    (alert,) = called("GET", "/api/v1/alerts").json()
+    assert (alert["name"], alert["severity"], alert["words"], alert["state"]) == (
+        "TargetDown", "critical", "no answer", "open",
+    )  # fmt: skip
+    path = f"/api/v1/alerts/{alert['alert_id']}/acknowledge"
+    assert called("POST", path).status_code == 403
+    assert called("POST", path, scope="operator").json()["acknowledged_by"] == "key operator"
+    with transaction(called.store) as connection:
+        assert read_ledger(connection)[-1].action == "alert.acknowledged"
+    ended = message | {"alerts": [sent | {"status": "resolved", "endsAt": utc_now().isoformat()}]}
+    assert called("POST", "/api/v1/alerts", ended, "operator").json()["n_resolved"] == 1
+    assert called("GET", "/api/v1/alerts").json() == [] and len(called("GET", "/api/v1/alerts?resolved=1").json()) == 1
+    assert called("POST", path, scope="operator").status_code == 409
+    assert called("POST", "/api/v1/alerts", {"alerts": 3}, "operator").status_code == 422
+
+
+def test_an_event_without_a_source_is_from_the_key_it_came_with(called):
+    for more in ({}, {"context": {"source": "kiosk"}}, {"context": {"source": None, "a": 1}}):
+        assert called("POST", "/api/v1/events", event(**more)).status_code == 201
+    assert called("POST", "/api/v1/events/batch", {"events": [event(payload={"a": "\n"})]}).status_code == 200
+    found = read_events(called.store, "plan_decided")["context"]
+    assert sorted(c["source"] for c in found) == ["client", "client", "client", "kiosk"]
 
 
 def test_a_policy_without_models_says_so(called):

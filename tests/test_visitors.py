@@ -46,6 +46,7 @@ def test_the_same_seed_makes_the_same_visitors_whoever_writes_them(store):
     assert first == again and len({unit for unit, _ in first}) == 4
     contexts = [read_context(store, unit, utc_now(), said) for unit, said in first]
     assert all(len(c["pantry"]) == 6 and c["recent"] == [] for c in contexts)
+    assert all(0 <= (utc_now() - c.known_at).total_seconds() < 8 * 86_400 for c in contexts), "pantries of this week"
 
 
 def test_what_visitors_did_are_examples_of_tomorrow(service, store):
