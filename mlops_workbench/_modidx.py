@@ -1776,6 +1776,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'mlops_workbench/kitchen.py'),
                                          'mlops_workbench.kitchen.ideal_week': ('kitchen.html#ideal_week', 'mlops_workbench/kitchen.py'),
                                          'mlops_workbench.kitchen.live': ('kitchen.html#live', 'mlops_workbench/kitchen.py'),
+                                         'mlops_workbench.kitchen.make_tables': ('kitchen.html#make_tables', 'mlops_workbench/kitchen.py'),
                                          'mlops_workbench.kitchen.name_decision': ( 'kitchen.html#name_decision',
                                                                                     'mlops_workbench/kitchen.py'),
                                          'mlops_workbench.kitchen.preference': ('kitchen.html#preference', 'mlops_workbench/kitchen.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['START', 'N_WEEKS', 'preference', 'ideal_week', 'decide_week', 'name_decision', 'Stay', 'live', 'Week',
-           'simulate_history', 'erase_household', 'write_simulation', 'write_visitors', 'behave']
+           'simulate_history', 'make_tables', 'erase_household', 'write_simulation', 'write_visitors', 'behave']
 
 # %% ../nbs/970_kitchen.ipynb #970-kitchen-03
 import random
@@ -252,6 +252,13 @@ def _week_events(
     )
 
 # %% ../nbs/970_kitchen.ipynb #970-kitchen-33
+def make_tables(
+    store: Store,  # where
+) -> None:
+    "Make sure that the tables of households, pantries and recipes are there."
+    apply_migrations(store, read_migrations(FILES / "migrations", "planner"))
+
+# %% ../nbs/970_kitchen.ipynb #970-kitchen-34
 def _claim_source(
     store: Store,  # migrated
     wanted: Mapping,  # source, seed and n_decisions
@@ -267,7 +274,7 @@ def _claim_source(
             f"decisions, not seed {wanted['seed']} and {wanted['n_decisions']}: give this one a source of its own"
         )
 
-# %% ../nbs/970_kitchen.ipynb #970-kitchen-35
+# %% ../nbs/970_kitchen.ipynb #970-kitchen-36
 def _still_wanted(
     connection: Any,  # inside a transaction of the store
     rows: Sequence[Mapping],  # each with `household_id`
@@ -288,7 +295,7 @@ def erase_household(
             n += connection.execute(f"DELETE FROM {table} WHERE household_id = %s", (unit_id,)).rowcount
     return n
 
-# %% ../nbs/970_kitchen.ipynb #970-kitchen-36
+# %% ../nbs/970_kitchen.ipynb #970-kitchen-37
 def write_simulation(
     store: Store,  # where
     source: str,  # name of the history, such as 'simulation-s0-n4400'
@@ -298,7 +305,7 @@ def write_simulation(
 ) -> int:  # number of events that were not there
     "Simulate a history and write what an application would have written."
     stays, weeks = simulate_history(n_decisions, seed, propose)
-    apply_migrations(store, read_migrations(FILES / "migrations", "planner"))
+    make_tables(store)
     _claim_source(store, {"source": source, "seed": seed, "n_decisions": n_decisions})
     households, pantries = _state_rows(stays, weeks, source)
     with transaction(store) as connection:
@@ -307,7 +314,7 @@ def write_simulation(
             write_rows(connection, table, _still_wanted(connection, rows), ("household_id", "valid_from"))
     return write_events(store, [event for week in weeks for event in _week_events(week, source, seed)]).n_new
 
-# %% ../nbs/970_kitchen.ipynb #970-kitchen-40
+# %% ../nbs/970_kitchen.ipynb #970-kitchen-41
 def write_visitors(
     store: Store,  # where
     n: int,  # households, 1 or more
@@ -326,7 +333,7 @@ def write_visitors(
             items = draw_pantry(random.Random(f"{seed}/visitor/{i}/{begin.date()}"))
             valid = dict(zip(names, (unit_id, begin, begin + timedelta(weeks=1)), strict=True))
             pantries.append(valid | {"items": items})
-    apply_migrations(store, read_migrations(FILES / "migrations", "planner"))
+    make_tables(store)
     with transaction(store) as connection:
         write_rows(connection, "exp.recipes", _recipe_rows(), ("recipe_id", "valid_from"))
         for table, rows in (("exp.households", households), ("exp.pantries", pantries)):

@@ -28,7 +28,7 @@ from mlops_workbench.cookbook import (
 )
 from .core import WorkbenchError, canonical_bytes
 from .features import FeatureSet, compute_features, compute_row
-from .kitchen import behave, erase_household, write_simulation, write_visitors
+from .kitchen import behave, erase_household, make_tables, write_simulation, write_visitors
 from .metrics import Metric, edit_distance, jaccard
 from .settings import Settings
 from .store import Store, read_table, transaction
@@ -311,6 +311,7 @@ class Planner:
     generic_examples = staticmethod(generic_examples)
     write_history = staticmethod(write_history)
     read_examples = staticmethod(read_examples)
+    prepare = staticmethod(make_tables)
     read_context = staticmethod(read_context)
     tell_decision = staticmethod(tell_decision)
     write_visitors = staticmethod(write_visitors)

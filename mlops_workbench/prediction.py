@@ -143,6 +143,8 @@ def _keep(
         if p.instruments:
             p.instruments.observe("workbench_batch_size", size, policy=policy)
 
+    if hasattr(task, "prepare"):
+        task.prepare(p.store)
     room = Room(task, p.store, p.tracking, p.settings, p._bases, observe, o.max_batch, o.bound)
     if hasattr(task, "read_context"):
         own = replace(p.store, _release=None, _idle=[])  # a connection of the reader's own

@@ -102,7 +102,7 @@ def test_the_planner_takes_what_its_task_declares_from_the_kitchen_and_nothing_e
     imported = [
         n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and n.module.endswith("kitchen")
     ]
-    taken = ["behave", "erase_household", "write_simulation", "write_visitors"]
+    taken = ["behave", "erase_household", "make_tables", "write_simulation", "write_visitors"]
     assert [a.name for n in imported for a in n.names] == taken
 
 

@@ -276,6 +276,15 @@ def test_a_full_queue_is_told_to_the_caller_and_nothing_is_logged(store, tmp_pat
     assert len(read_events(store, "item_shown")) == 2
 
 
+def test_a_task_is_served_before_anything_of_it_was_written(bench):
+    options = PredictionOptions(tasks=("mlops_workbench.planner",))
+    predictions = Predictions(bench.store, bench.tracking, bench.settings, None, bench.write, options)
+    bench.until(lambda: predictions.is_ready())
+    with pytest.raises(LookupError, match="household 'h-1' has no attributes and pantry"):
+        asyncio.run(predictions.answer("planner", Asked("h-1")))
+    predictions.close()
+
+
 def test_the_same_request_is_the_same_decision(bench):
     one, two = bench.ask("profile-1", request_id="r-9"), bench.ask("profile-1", request_id="r-9")
     other = bench.ask("profile-2", request_id="r-9")
