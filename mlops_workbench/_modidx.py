@@ -1193,6 +1193,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mlops_workbench.events.make_partitions': ( 'events.html#make_partitions',
                                                                                     'mlops_workbench/events.py'),
                                         'mlops_workbench.events.read_events': ('events.html#read_events', 'mlops_workbench/events.py'),
+                                        'mlops_workbench.events.read_served': ('events.html#read_served', 'mlops_workbench/events.py'),
                                         'mlops_workbench.events.validate': ('events.html#validate', 'mlops_workbench/events.py'),
                                         'mlops_workbench.events.write_events': ('events.html#write_events', 'mlops_workbench/events.py')},
             'mlops_workbench.exchange': { 'mlops_workbench.exchange.AskedPlan': ('exchange.html#askedplan', 'mlops_workbench/exchange.py'),

@@ -35,7 +35,9 @@ def name_subject(
         return str(subject["experiment"])
     if "policy" in subject:
         return f"{subject['policy']}@{subject['version']}" if "version" in subject else str(subject["policy"])
-    return f"{subject['model']} v{subject['version']}" if {"model", "version"} <= subject.keys() else "?"
+    if {"model", "version"} <= subject.keys():
+        return f"{subject['model']} v{subject['version']}"
+    return ", ".join(f"{kind} {str(name)[:24]}" for kind, name in subject.items())  # keys, triggers, backups, units
 
 
 def name_reason(

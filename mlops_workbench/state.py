@@ -33,7 +33,7 @@ def ask_states(
     for state in states:
         if state not in STATES and not _TABLE.fullmatch(state):
             raise ValueError(f"there is no state {state!r}: write schema.table, or one of {', '.join(STATES)}")
-    names = ("task", "source", "history_size", "history_seed", "until", "model_version")
+    names = ("task", "source", "history_size", "history_seed", "served", "until", "model_version")
     given = {name: parameters[name] for name in names if parameters.get(name) not in (None, "")}
     given = {name: value if isinstance(value, int | str) else str(value) for name, value in given.items()}
     return {"states": list(states), "task": task, "given": given, "tables": sorted(set(tables))}
@@ -78,6 +78,8 @@ def _events_sql(
         whose = "source = %(source)s"
     elif "history_size" in given or "history_seed" in given:
         whose = "source LIKE %(pattern)s"
+    if given.get("served"):
+        whose = f"({whose} OR context ? 'policy_version')"
     known = "event_at < %(until)s AND received_at < %(until)s" if given.get("until") else "true"
     units = f"SELECT unit_id FROM exp.events WHERE {whose} AND {known}"
     theirs = "" if whose == "true" else f" AND ({whose} OR unit_id IN ({units}))"

@@ -139,7 +139,8 @@ def _choose_source(
     "Name the source of the reference, or the busiest one where that has been silent for long."
     lately = read_sources(store, task.unit_type, Window(window.since - window.length, window.until), told=True)
     now = read_sources(store, task.unit_type, window, told=True)
-    return trained_on if trained_on in lately or not now else next(iter(now))
+    own = trained_on.split(", ")  # several, where it was made of several
+    return next((source for source in lately if source in own), None) or next(iter(now), own[0])
 
 # %% ../nbs/842_watch.ipynb #842-watch-12
 def gather(

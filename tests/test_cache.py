@@ -297,9 +297,10 @@ def test_a_base_that_the_stage_built_for_itself_is_part_of_its_result(world):
 # The database
 
 
-def event(source, unit, day=1, month=3):
+def event(source, unit, day=1, month=3, **context):
     at = datetime(2026, month, day, tzinfo=UTC)
-    return Event("plan_decided", "household", unit, at, {"plan": []}, context={"source": source}, received_at=at)
+    context |= {"source": source}
+    return Event("plan_decided", "household", unit, at, {"plan": []}, context=context, received_at=at)
 
 
 def states(store, names, parameters, tables=()):
@@ -318,6 +319,9 @@ def states(store, names, parameters, tables=()):
         ({"source": "", "history_size": 9, "history_seed": 0}, event("lib-s0-n9", "h-9"), True),
         ({"source": "", "history_size": 9, "history_seed": 0}, event("lib-s0-n99", "h-9"), False),
         ({}, event("whoever", "h-9"), True),
+        ({"source": "app", "served": True}, event("shop", "h-9", policy_version=3), True),
+        ({"source": "app", "served": True}, event("shop", "h-9"), False),
+        ({"source": "app", "served": False}, event("shop", "h-9", policy_version=3), False),
     ],
 )
 def test_events_count_if_the_stage_would_read_them(store, parameters, new, is_seen):

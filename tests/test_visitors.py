@@ -10,7 +10,7 @@ import uvicorn
 from typer.testing import CliRunner
 
 from mlops_workbench.core import WorkbenchError, utc_now
-from mlops_workbench.events import read_events
+from mlops_workbench.events import read_events, read_served
 from mlops_workbench.keys import create_key
 from mlops_workbench.planner import read_context, read_examples, task
 from mlops_workbench.service import ServiceOptions
@@ -50,7 +50,7 @@ def test_the_same_seed_makes_the_same_visitors_whoever_writes_them(store):
 
 
 def test_what_visitors_did_are_examples_of_tomorrow(service, store):
-    url, key = service
+    (url, key), day = service, utc_now()
     asked = ["simulate", "traffic", "--url", url, "--n", "30", "--rate", "200", "--units", "5"]
     done = CliRunner().invoke(app, [*asked, "--task", "mlops_workbench.planner", "--json"], env={"WORKBENCH_KEY": key})
     assert done.exit_code == 0, (done.output, done.exception)
@@ -62,6 +62,7 @@ def test_what_visitors_did_are_examples_of_tomorrow(service, store):
     decided = read_events(store, "plan_decided")
     assert len(decided) == 30 and set(decided["source"]) == {"visitors"}
     assert all(set(m) == {"accepted", "edits"} for m in decided["metrics"])
+    assert read_served(store, "household") == ["visitors"] and read_served(store, "household", day) == []
     examples = read_examples(store, "visitors", None)
     assert len(examples) == 30 and set(examples["unit_id"]) == set(decided["unit_id"])
 
