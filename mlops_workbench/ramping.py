@@ -185,9 +185,22 @@ def step(
         raise typer.Exit(3)
 
 # %% ../nbs/905_ramping.ipynb #905-ramping-15
+def _only(
+    store: Any,  # opened
+) -> str:  # its name
+    "Name the one rollout that is under way."
+    from mlops_workbench.gauge import read_rollouts
+
+    running = [r.key for r in read_rollouts(store) if not r.ended_at]
+    if len(running) != 1:
+        told = f"{len(running)} rollouts are under way" + (f": name one of {', '.join(running)}" if running else "")
+        raise ValueError(told if running else f"{told}: start one with `workbench rollout start`")
+    return running[0]
+
+
 @app.command()
 def watch(
-    key: Key,
+    key: Annotated[str, typer.Argument(help="Name of the rollout; empty: the only one that is under way.")] = "",
     every: Annotated[float, typer.Option(help="Seconds between looks.")] = 60.0,
     looks: Annotated[int, typer.Option(help="Most looks; 0 goes on to the end of the rollout.")] = 0,
     actor: Actor = "",
@@ -199,7 +212,7 @@ def watch(
     if every < 0 or looks < 0:
         raise ValueError(f"every is {every:g} and looks {looks}: pass seconds and a number that are not negative")
     with _opened(actor) as opened:
-        n = 0
+        key, n = key or _only(opened[1]), 0
         while True:
             decision, n = _look(opened, key, json_), n + 1
             found = read_rollout(opened[1], key)

@@ -10,8 +10,9 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -195,9 +196,33 @@ def send_visitors(
             raise refused.exceptions[0] from None
 
 # %% ../nbs/948_visitors.ipynb #948-visitors-19
+@contextmanager
+def _key(
+    store: Any,  # of the service
+    given: str,  # '' makes one, and takes it back at the end
+) -> Iterator[str]:
+    "Give the key that visitors show."
+    if given:
+        yield given
+        return
+    from mlops_workbench.keys import create_key, read_keys, revoke_key
+    from mlops_workbench.registry import current_actor
+
+    name, actor = Visits.source, current_actor()
+    taken = {key.name for key in read_keys(store) if key.state(utc_now()) == "active"}
+    text, made = create_key(store, name if name not in taken else f"{name}-{new_id()[-6:]}", "client", actor, 86_400)
+    try:
+        yield text
+    finally:
+        revoke_key(store, made.key_id, actor, "the visitors have gone")
+
+# %% ../nbs/948_visitors.ipynb #948-visitors-20
 @simulate.command()
 def traffic(
-    key: Annotated[str, typer.Option(help="To call with; secret://NAME reads a variable.", envvar="WORKBENCH_KEY")],
+    key: Annotated[
+        str,
+        typer.Option(help="To call with; secret://NAME reads a variable; empty: one for now.", envvar="WORKBENCH_KEY"),
+    ] = "",
     url: Annotated[str, typer.Option(help="Of the service; empty: where the settings say.")] = "",
     policy: Annotated[str, typer.Option(help="The task's name, such as planner.")] = "planner",
     n: Annotated[int, typer.Option(help="Visits in all.")] = 100,
@@ -213,9 +238,9 @@ def traffic(
     from mlops_workbench.task import load_task
 
     visits = Visits(url or _place(), resolve_secret(key), policy, n, rate, units, seed)
-    with open_store(read_settings()) as store:
+    with open_store(read_settings()) as store, _key(store, visits.key) as shown:
         found = load_task(task) if task else read_policy_task(store, policy)[1]
-        tally = send_visitors(store, visits, found)
+        tally = send_visitors(store, replace(visits, key=shown), found)
     print(as_json(tally.to_dict()) if json_ else tell_tally(tally))
     if not tally.waits_ms:
         raise WorkbenchError(f"nobody got an answer from {visits.url}: is `workbench serve` running there?")
@@ -228,7 +253,7 @@ def _place() -> str:  # URL
     wiring = service_settings(read_settings())
     return f"http://{wiring.service_host}:{wiring.service_port}"
 
-# %% ../nbs/948_visitors.ipynb #948-visitors-20
+# %% ../nbs/948_visitors.ipynb #948-visitors-21
 def tell_tally(
     tally: Tally,
 ) -> str:  # a few lines

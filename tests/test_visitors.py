@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mlops_workbench.core import WorkbenchError, utc_now
 from mlops_workbench.events import read_events, read_served
-from mlops_workbench.keys import create_key
+from mlops_workbench.keys import create_key, read_keys
 from mlops_workbench.planner import read_context, read_examples, task
 from mlops_workbench.service import ServiceOptions
 from mlops_workbench.serving import build_app
@@ -65,6 +65,16 @@ def test_what_visitors_did_are_examples_of_tomorrow(service, store):
     assert read_served(store, "household") == ["visitors"] and read_served(store, "household", day) == []
     examples = read_examples(store, "visitors", None)
     assert len(examples) == 30 and set(examples["unit_id"]) == set(decided["unit_id"])
+
+
+def test_without_a_key_visitors_get_one_and_give_it_back(service, store):
+    asked = ["simulate", "traffic", "--url", service[0], "--n", "5", "--rate", "100", "--units", "2"]
+    done = CliRunner().invoke(app, [*asked, "--task", "mlops_workbench.planner", "--json"], env={"WORKBENCH_KEY": ""})
+    assert done.exit_code == 0 and json.loads(done.stdout)["statuses"] == {"ask 200": 5, "tell 201": 5}
+    (own, lent) = read_keys(store)
+    assert (own.name, own.state(utc_now())) == ("visitors", "active") and own.expires_at is None
+    assert lent.name.startswith("visitors-") and lent.state(utc_now()) == "revoked"
+    assert set(read_events(store, "plan_decided")["source"]) == {lent.name}
 
 
 def test_a_refused_key_ends_everything_with_one_line(service, store):
