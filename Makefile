@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once, a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m compileall -q mlops_workbench benchmarks  # an editable install does not: kernels would compile again and again
 	@rm -f $(VENV)/installed-*; touch $(STAMP)
 
 demo: $(STAMP)

@@ -3463,6 +3463,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'mlops_workbench/tracking.py'),
                                           'mlops_workbench.tracking._experiment': ( 'tracking.html#_experiment',
                                                                                     'mlops_workbench/tracking.py'),
+                                          'mlops_workbench.tracking._repository': ( 'tracking.html#_repository',
+                                                                                    'mlops_workbench/tracking.py'),
                                           'mlops_workbench.tracking.check_place': ( 'tracking.html#check_place',
                                                                                     'mlops_workbench/tracking.py'),
                                           'mlops_workbench.tracking.code_version': ( 'tracking.html#code_version',

@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
@@ -153,6 +154,7 @@ class Run:
 
     run_id: str
     tracking: Tracking
+    artifacts: str = ""  # URL of its artefacts; '' where it was begun elsewhere, and MLflow has to be asked
 
     @property
     def client(self) -> Any:  # mlflow.MlflowClient
@@ -187,7 +189,7 @@ def start_run(
     "Begin a run."
     tags = dict(tags) | ({"mlflow.parentRunId": parent.run_id} if parent else {})
     run = tracking.client.create_run(_experiment(tracking, experiment), tags=redact_value(tags), run_name=redact(name))
-    return Run(run.info.run_id, tracking)
+    return Run(run.info.run_id, tracking, run.info.artifact_uri)
 
 # %% ../nbs/080_tracking.ipynb #080-tracking-26
 def open_run(
@@ -197,8 +199,7 @@ def open_run(
     name: str,  # the stage's name
 ) -> Run:  # the driver's run inside a pipeline, else a run of its own
     "Join the run that a pipeline has begun for this notebook, or begin one."
-    joined = os.environ.get("WORKBENCH_MLFLOW_RUN")
-    if joined:
+    if joined := os.environ.get("WORKBENCH_MLFLOW_RUN"):
         return Run(joined, tracking)
     return start_run(tracking, experiment, name, provenance(settings.root) | {"workbench.stage": name})
 
@@ -275,12 +276,21 @@ def log_dataset(
     "Record that a run read a dataset."
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = canonical_bytes({"uri": redact(path)}).decode()
-    dataset = Dataset(redact(name), fingerprint[:36], "local", source)
+    dataset = Dataset(redact(name), fingerprint[:36], "local", canonical_bytes({"uri": redact(path)}).decode())
     run.client.log_inputs(run.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
     log_tags(run, {"dataset.fingerprint": fingerprint})
 
 # %% ../nbs/080_tracking.ipynb #080-tracking-36
+@lru_cache(maxsize=64)
+def _repository(
+    run: Run,
+) -> Any:  # an ArtifactRepository of MLflow
+    "Open the place of a run's artefacts; asking MLflow where it is costs more than writing a file."
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(run.artifacts or run.client.get_run(run.run_id).info.artifact_uri)
+
+# %% ../nbs/080_tracking.ipynb #080-tracking-37
 def log_file(
     run: Run,
     path: Path | str,  # an existing file, or a folder whose content is recorded
@@ -288,12 +298,10 @@ def log_file(
 ) -> None:
     "Record a file or a folder as artefact, texts and tables in it without secrets."
     with without_secrets(Path(path)) as clean:
-        if clean.is_dir():
-            run.client.log_artifacts(run.run_id, str(clean), folder)
-        else:
-            run.client.log_artifact(run.run_id, str(clean), folder)
+        to = _repository(run)
+        (to.log_artifacts if clean.is_dir() else to.log_artifact)(str(clean), folder)
 
-# %% ../nbs/080_tracking.ipynb #080-tracking-37
+# %% ../nbs/080_tracking.ipynb #080-tracking-38
 def log_figure(
     run: Run,
     figure: Any,  # matplotlib figure
@@ -305,7 +313,7 @@ def log_figure(
         figure.savefig(path)
         log_file(run, path, "figures")
 
-# %% ../nbs/080_tracking.ipynb #080-tracking-38
+# %% ../nbs/080_tracking.ipynb #080-tracking-39
 def log_table(
     run: Run,
     rows: Any,  # pandas DataFrame
@@ -317,7 +325,7 @@ def log_table(
         rows.to_parquet(path, index=False)
         log_file(run, path, "tables")
 
-# %% ../nbs/080_tracking.ipynb #080-tracking-39
+# %% ../nbs/080_tracking.ipynb #080-tracking-40
 def read_artifact(
     tracking: Tracking,
     run_id: str,  # MLflow run
@@ -329,14 +337,12 @@ def read_artifact(
     from mlflow.exceptions import MlflowException
 
     try:
-        found = mlflow.artifacts.download_artifacts(
-            run_id=run_id, artifact_path=name, dst_path=str(folder), tracking_uri=tracking.uri
-        )
-        return Path(found)
+        what = {"run_id": run_id, "artifact_path": name, "dst_path": str(folder), "tracking_uri": tracking.uri}
+        return Path(mlflow.artifacts.download_artifacts(**what))
     except (MlflowException, OSError) as error:
         raise WorkbenchError(f"run {run_id} has no artefact {name!r}: {str(error).splitlines()[0]}") from None
 
-# %% ../nbs/080_tracking.ipynb #080-tracking-40
+# %% ../nbs/080_tracking.ipynb #080-tracking-41
 def read_history(
     tracking: Tracking,
     run_id: str,  # MLflow run
@@ -350,7 +356,7 @@ def read_history(
     frame = pd.DataFrame({name: pd.Series(curve, dtype=float) for name, curve in curves.items() if curve})
     return frame.rename_axis("step").reset_index()
 
-# %% ../nbs/080_tracking.ipynb #080-tracking-43
+# %% ../nbs/080_tracking.ipynb #080-tracking-44
 def log_model(
     run: Run,
     name: str,  # of the logged model
@@ -389,7 +395,7 @@ def log_model(
         run.client.finalize_logged_model(logged.model_id, status)
     return f"models:/{logged.model_id}"
 
-# %% ../nbs/080_tracking.ipynb #080-tracking-45
+# %% ../nbs/080_tracking.ipynb #080-tracking-46
 def ui_command(
     tracking: Tracking,
     host: str = "127.0.0.1",  # address to listen on
