@@ -331,6 +331,11 @@ def test_events_count_if_the_stage_would_read_them(store, parameters, new, is_se
     assert (states(store, ["events"], parameters) != before) == is_seen
 
 
+def test_an_index_that_code_names_is_no_table(store):
+    named = ("exp.events_by_type", "exp.nowhere")
+    assert states(store, ["events"], {}, named) == states(store, ["events"], {})
+
+
 def test_an_event_that_was_received_later_is_not_known_until_then(store):
     late = event("app", "h-1")
     late = Event(**vars(late) | {"received_at": datetime(2026, 6, 1, tzinfo=UTC)})
