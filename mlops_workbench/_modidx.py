@@ -3440,7 +3440,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'mlops_workbench.tracing._ids': ('tracing.html#_ids', 'mlops_workbench/tracing.py'),
                                          'mlops_workbench.tracing._open_span': ('tracing.html#_open_span', 'mlops_workbench/tracing.py'),
                                          'mlops_workbench.tracing._said': ('tracing.html#_said', 'mlops_workbench/tracing.py'),
-                                         'mlops_workbench.tracing.fitting_id': ('tracing.html#fitting_id', 'mlops_workbench/tracing.py'),
                                          'mlops_workbench.tracing.in_request': ('tracing.html#in_request', 'mlops_workbench/tracing.py'),
                                          'mlops_workbench.tracing.log': ('tracing.html#log', 'mlops_workbench/tracing.py'),
                                          'mlops_workbench.tracing.log_to': ('tracing.html#log_to', 'mlops_workbench/tracing.py'),

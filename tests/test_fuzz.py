@@ -2,9 +2,7 @@
 
 import json
 import logging
-import threading
 import time
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -12,8 +10,8 @@ from urllib.parse import quote
 import httpx
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from listening import listening
 
 from mlops_workbench.core import new_id
 from mlops_workbench.events import read_events
@@ -26,23 +24,6 @@ from mlops_workbench.settings import Settings
 from mlops_workbench.store import read_rows, temporary_store, transaction
 
 N_EXAMPLES = 5  # of each kind, for each operation
-
-
-@contextmanager
-def listening(app):
-    "Serve an application on a free port."
-    config = uvicorn.Config(app, port=0, log_level="critical", http="httptools", ws="none", server_header=False)
-    server = uvicorn.Server(config)
-    opened = config.bind_socket()
-    thread = threading.Thread(target=server.run, args=([opened],), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{opened.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 LOGGED = {}  # request → what the log says of it

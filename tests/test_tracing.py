@@ -132,11 +132,6 @@ def test_requests_that_run_at_once_keep_their_ids(lines):
     assert tracing.request_id() == ""
 
 
-@pytest.mark.parametrize("given", [None, "", " ", "a b", "x" * 129, "two\nlines", "-dash", "ü", 'a"b'])
-def test_what_is_no_id_is_replaced(given):
-    assert tracing.fitting_id(given) != given
-
-
 def test_a_line_is_one_line_whatever_is_in_it(lines):
     tracing.log(
         "a\nb", text="c\r\nd\u2028e", many=list(range(1_000)), long="x" * 10_000, odd=object(), nan=float("nan")

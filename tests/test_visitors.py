@@ -1,12 +1,10 @@
 "Visitors: what they ask and tell over HTTP is what an application would, and what it is read as."
 
 import json
-import threading
-import time
 from pathlib import Path
 
 import pytest
-import uvicorn
+from listening import listening
 from typer.testing import CliRunner
 
 from mlops_workbench.core import WorkbenchError, utc_now
@@ -29,16 +27,8 @@ def service(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here = Settings("local", Path(tmp_path), tmp_path / ".workbench", store.url)
     served = build_app(ServiceOptions(here, tasks=("mlops_workbench.planner",)))
-    config = uvicorn.Config(served, port=0, log_level="critical", http="httptools", ws="none")
-    server = uvicorn.Server(config)
-    opened = config.bind_socket()
-    thread = threading.Thread(target=server.run, args=([opened],), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{opened.getsockname()[1]}", create_key(store, "visitors", "client", "ada")[0]
-    server.should_exit = True
-    thread.join(30)
+    with listening(served) as url:
+        yield url, create_key(store, "visitors", "client", "ada")[0]
 
 
 def test_the_same_seed_makes_the_same_visitors_whoever_writes_them(store):
